@@ -1,0 +1,361 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * The one declaration of everything that Python calls.
+ *
+ * tools/emit_cffi.py cuts the text between the two cffi marks for cdef and includes this same
+ * file for the compiler, so nothing is declared twice. Only plain declarations may stand there:
+ * no #ifdef, no attributes, no inline functions, no function-like macros.
+ *
+ * Every function is safe to call with the GIL released and from several threads at once, unless
+ * its comment says otherwise. Sizes and offsets are bytes unless the name says blocks. A function
+ * that can fail returns 0 or a negative enum tp_status and fills *err when err is not NULL.
+ */
+#ifndef THINPOOL_ABI_H
+#define THINPOOL_ABI_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* cffi: begin */
+
+/* ---- status ---------------------------------------------------------------------------- */
+
+enum tp_status {
+	TP_OK = 0,
+	/* the host */
+	TP_E_NO_MEMORY = -1,
+	TP_E_IO = -2,			/* err->host_errno says which */
+	TP_E_OPEN = -3,			/* a file or device could not be opened */
+	TP_E_NOT_SUPPORTED = -4,	/* this host or this device cannot do it */
+	TP_E_INTERRUPTED = -5,
+	/* the caller */
+	TP_E_INVALID = -10,		/* an argument out of its range */
+	TP_E_ALIGNMENT = -11,
+	TP_E_OUT_OF_RANGE = -12,	/* past the end of a device */
+	TP_E_BUSY = -13,
+	TP_E_CLOSED = -14,
+	TP_E_READ_ONLY = -15,
+	/* what is on disk */
+	TP_E_SUPERBLOCK_MAGIC = -20,
+	TP_E_SUPERBLOCK_CHECKSUM = -21,
+	TP_E_SUPERBLOCK_VERSION = -22,
+	TP_E_SUPERBLOCK_BLOCKNR = -23,
+	TP_E_SUPERBLOCK_FEATURES = -24,
+	TP_E_SUPERBLOCK_GEOMETRY = -25,
+	TP_E_BLOCK_CHECKSUM = -26,
+	TP_E_BLOCK_NUMBER = -27,
+	TP_E_NODE_MALFORMED = -28,
+	TP_E_SPACE_MAP_MALFORMED = -29,
+	TP_E_MAPPING_OUT_OF_RANGE = -30,
+	TP_E_METADATA_TRUNCATED = -31,
+	TP_E_NOT_EMPTY = -32,		/* a device that already carries something */
+	TP_E_UNFORMATTED = -33,		/* a metadata device whose block 0 is zeros */
+	TP_E_NEEDS_CHECK = -34,
+	/* space */
+	TP_E_DATA_SPACE = -40,
+	TP_E_METADATA_SPACE = -41,
+	/* volumes */
+	TP_E_VOLUME_NOT_FOUND = -50,
+	TP_E_VOLUME_EXISTS = -51,
+	TP_E_VOLUME_BUSY = -52,
+	TP_E_TRANSACTION_ID = -53,	/* not the expected current transaction id */
+	TP_E_METADATA_SNAPSHOT_HELD = -54,
+	TP_E_NO_METADATA_SNAPSHOT = -55,
+	TP_E_LIMIT = -56,		/* a limit of the format: ids, times, blocks */
+	TP_E_LOG_FULL = -57,
+	TP_E_POOL_FAILED = -58,
+	TP_E_KEY_NOT_FOUND = -59
+};
+
+/* Caller-allocated; no heap, no thread-local state. */
+struct tp_error {
+	int32_t status;
+	int32_t host_errno;	/* 0 where the host said nothing */
+	uint64_t block;		/* the metadata or data block concerned, UINT64_MAX for none */
+	uint64_t found;
+	uint64_t wanted;
+	char message[256];
+};
+
+const char *tp_status_name(int status);
+
+/* cffi: end */
+
+/* cffi: off */
+/* ---- CRC-32C ---------------------------------------------------------------------------- */
+
+/* Raw CRC-32C (reflected 0x82F63B78): no final inversion. Start with crc = 0xFFFFFFFF. */
+uint32_t tp_crc32c(uint32_t crc, const void *data, size_t length);
+/* Which implementation tp_crc32c uses: "portable", "sse4.2", "avx512". */
+const char *tp_crc32c_implementation(void);
+/* By name, for tests and benchmarks; TP_E_NOT_SUPPORTED where the processor lacks it. */
+int tp_crc32c_with(const char *implementation, uint32_t crc, const void *data, size_t length,
+		   uint32_t *crc_ret);
+
+/* cffi: off-end */
+
+/* cffi: off */
+/* ---- allocator --------------------------------------------------------------------------- */
+
+struct tp_allocator;
+
+/* All blocks free. NULL when out of memory. Not thread-safe: the caller serialises. */
+struct tp_allocator *tp_allocator_create(uint64_t nr_blocks);
+void tp_allocator_destroy(struct tp_allocator *allocator);
+/* Growth adds free blocks; shrinking is TP_E_INVALID. */
+int tp_allocator_resize(struct tp_allocator *allocator, uint64_t nr_blocks);
+uint64_t tp_allocator_nr_blocks(const struct tp_allocator *allocator);
+/* Blocks that can be allocated now. */
+uint64_t tp_allocator_nr_free(const struct tp_allocator *allocator);
+/* Blocks freed since the last commit: not used, not allocatable. */
+uint64_t tp_allocator_nr_pending(const struct tp_allocator *allocator);
+/* One block, next-fit with wrap-around; TP_E_DATA_SPACE when none is allocatable. */
+int tp_allocator_alloc(struct tp_allocator *allocator, uint64_t *block_ret);
+/* A run of neighbours: as long as can be had up to `want` (>= 1) and at least 1 block. */
+int tp_allocator_alloc_run(struct tp_allocator *allocator, uint64_t want, uint64_t *begin_ret,
+			   uint64_t *length_ret);
+/* Up to count single blocks in one call; *count_ret says how many were got (0 is TP_E_DATA_SPACE). */
+int tp_allocator_alloc_batch(struct tp_allocator *allocator, size_t count, uint64_t *blocks,
+			     size_t *count_ret);
+/* Take a given run if every block of it is allocatable, else TP_E_BUSY and nothing changes. */
+int tp_allocator_take(struct tp_allocator *allocator, uint64_t begin, uint64_t length);
+/* Give back: used blocks become pending until tp_allocator_commit. Freeing what is not used is TP_E_INVALID. */
+int tp_allocator_free(struct tp_allocator *allocator, uint64_t begin, uint64_t length);
+int tp_allocator_free_batch(struct tp_allocator *allocator, const uint64_t *blocks, size_t count);
+/* Give back at once what the committed metadata never referred to (a taken or just allocated block). */
+int tp_allocator_untake(struct tp_allocator *allocator, uint64_t begin, uint64_t length);
+/* Everything freed so far becomes allocatable. */
+void tp_allocator_commit(struct tp_allocator *allocator);
+/* 1 when allocatable, 0 when used or pending. */
+int tp_allocator_is_free(const struct tp_allocator *allocator, uint64_t block);
+/* First run of allocatable blocks at or after `begin`: TP_E_KEY_NOT_FOUND when there is none. */
+int tp_allocator_next_free_run(const struct tp_allocator *allocator, uint64_t begin,
+			       uint64_t *begin_ret, uint64_t *length_ret);
+
+/* cffi: off-end */
+
+/* cffi: off */
+/* ---- block devices ------------------------------------------------------------------------ */
+
+struct tp_bdev;
+
+enum tp_bdev_flags {
+	TP_BDEV_READ_ONLY = 1,
+	TP_BDEV_DIRECT = 2,	/* O_DIRECT; falls back to TP_E_NOT_SUPPORTED, never silently */
+	TP_BDEV_EXCLUSIVE = 4,	/* flock LOCK_EX|LOCK_NB (and O_EXCL on a block device): TP_E_BUSY */
+	TP_BDEV_CREATE = 8,	/* O_CREAT|O_EXCL, then ftruncate to size: TP_E_NOT_EMPTY if it exists */
+	TP_BDEV_SHARED_LOCK = 16 /* flock LOCK_SH on this open file description: lives until its last I/O ended */
+};
+
+int tp_bdev_file_open(const char *path, uint32_t flags, uint64_t create_size,
+		      struct tp_bdev **bdev_ret, struct tp_error *err);
+/* Memory; contents zero. */
+int tp_bdev_mem_open(uint64_t size, struct tp_bdev **bdev_ret, struct tp_error *err);
+/* Scripted faults in front of `below` (which stays the caller's and must outlive it). */
+int tp_bdev_fault_open(struct tp_bdev *below, struct tp_bdev **bdev_ret, struct tp_error *err);
+/* Records every write, punch and flush in front of `below` (as above). Entries of several devices
+ * share one order when opened with the same `order` device's log, NULL for a log of its own. */
+int tp_bdev_log_open(struct tp_bdev *below, struct tp_bdev *order, uint32_t device_number,
+		     struct tp_bdev **bdev_ret, struct tp_error *err);
+void tp_bdev_close(struct tp_bdev *bdev);
+
+int tp_bdev_read(struct tp_bdev *bdev, uint64_t offset, void *buffer, size_t length,
+		 struct tp_error *err);
+int tp_bdev_write(struct tp_bdev *bdev, uint64_t offset, const void *buffer, size_t length,
+		  struct tp_error *err);
+int tp_bdev_flush(struct tp_bdev *bdev, struct tp_error *err);
+/* Deallocate; reads as zeros afterwards. TP_E_NOT_SUPPORTED where that cannot be promised. */
+int tp_bdev_punch(struct tp_bdev *bdev, uint64_t offset, uint64_t length, struct tp_error *err);
+int tp_bdev_resize(struct tp_bdev *bdev, uint64_t size, struct tp_error *err);
+uint64_t tp_bdev_size(const struct tp_bdev *bdev);
+/* Offsets and lengths of I/O must be multiples of this (512 or 4096; 1 where it does not matter). */
+uint32_t tp_bdev_io_align(const struct tp_bdev *bdev);
+
+enum tp_fault_kind {
+	TP_FAULT_ERROR = 1,		/* fails with host_errno, nothing done */
+	TP_FAULT_TORN = 2,		/* the first `arg` bytes are written, then it fails */
+	TP_FAULT_DROP_FLUSH = 3,	/* a flush is acknowledged and not passed on */
+	TP_FAULT_MISDIRECT = 4,		/* goes to offset + arg instead */
+	TP_FAULT_BIT_FLIP = 5,		/* bit `arg` of the transfer is flipped (in a read: of what is returned) */
+	TP_FAULT_LOST_WRITE = 6		/* acknowledged and not done */
+};
+enum tp_fault_op { TP_FAULT_READ = 1, TP_FAULT_WRITE = 2, TP_FAULT_FLUSH = 4, TP_FAULT_PUNCH = 8 };
+
+/* Fires on the nth matching operation (1 = next) touching [begin, end), then `count` times in all
+ * (0 = for ever). Several rules may stand; the first that matches acts. */
+int tp_bdev_fault_add(struct tp_bdev *fault, uint32_t ops, uint32_t kind, uint64_t begin,
+		      uint64_t end, uint64_t nth, uint64_t count, int32_t host_errno, uint64_t arg,
+		      struct tp_error *err);
+void tp_bdev_fault_clear(struct tp_bdev *fault);
+uint64_t tp_bdev_fault_operations(const struct tp_bdev *fault);	/* seen so far */
+uint64_t tp_bdev_fault_fired(const struct tp_bdev *fault);
+
+enum tp_log_kind { TP_LOG_WRITE = 1, TP_LOG_FLUSH = 2, TP_LOG_PUNCH = 3, TP_LOG_MARK = 4 };
+struct tp_log_entry {
+	uint32_t kind;
+	uint32_t device;
+	uint64_t offset;
+	uint64_t length;	/* a mark's number stands in offset */
+};
+uint64_t tp_bdev_log_count(const struct tp_bdev *log);
+int tp_bdev_log_entry(const struct tp_bdev *log, uint64_t index, struct tp_log_entry *entry_ret);
+/* Copy the payload of a write; buffer holds entry.length bytes. */
+int tp_bdev_log_payload(const struct tp_bdev *log, uint64_t index, void *buffer);
+/* A mark in the order: "everything numbered up to this was acknowledged before here". */
+int tp_bdev_log_mark(struct tp_bdev *log, uint64_t number);
+
+/* cffi: off-end */
+
+/* cffi: off */
+/* ---- pool ---------------------------------------------------------------------------------- */
+
+struct tp_pool;
+struct tp_volume;
+
+enum tp_pool_mode { TP_MODE_RW = 0, TP_MODE_OUT_OF_DATA_SPACE = 1, TP_MODE_RO = 2, TP_MODE_FAIL = 3 };
+enum tp_discard_mode { TP_DISCARD_PASSDOWN = 0, TP_DISCARD_NO_PASSDOWN = 1, TP_DISCARD_IGNORE = 2 };
+
+struct tp_pool_options {
+	uint32_t skip_block_zeroing;
+	uint32_t error_if_no_space;	/* else writes wait no_space_timeout_ms */
+	uint32_t no_space_timeout_ms;	/* 0 waits for ever; the kernel's default is 60000 */
+	uint32_t discard_mode;
+	uint32_t read_only;
+	uint32_t commit_interval_ms;	/* 0: no background commits; the default is 1000 */
+	uint64_t low_water_blocks;
+	uint64_t cache_bytes;		/* soft limit of clean metadata blocks in memory; 0 = 32 MiB */
+	void *redo_memory;		/* shared memory for the redo log, NULL for none */
+	size_t redo_size;
+};
+
+struct tp_pool_status {
+	uint32_t mode;
+	uint32_t needs_check;
+	uint64_t transaction_id;
+	uint32_t time;
+	uint32_t data_block_size;	/* bytes */
+	uint64_t data_blocks_total;
+	uint64_t data_blocks_used;
+	uint64_t metadata_blocks_total;
+	uint64_t metadata_blocks_used;	/* without the reserve */
+	uint64_t metadata_blocks_reserve;
+	uint64_t held_root;		/* 0 for none */
+	uint64_t nr_volumes;
+	uint64_t commits;
+	uint64_t data_flushes;
+	uint64_t metadata_flushes;
+	uint64_t provisioned;		/* first writes since open */
+	uint64_t broke_sharing;		/* copies since open */
+	uint64_t discarded;		/* blocks unmapped since open */
+	uint64_t punch_backlog;		/* blocks whose host space is still to be returned */
+	uint32_t low_water_reached;
+	uint32_t dirty;			/* mappings changed since the last commit */
+	uint64_t replayed;		/* redo records applied at open */
+};
+
+struct tp_volume_info {
+	uint32_t id;
+	uint32_t creation_time;
+	uint32_t snapshotted_time;
+	uint32_t open;
+	uint64_t mapped_blocks;
+	uint64_t transaction_id;
+};
+
+enum tp_change_kind {
+	TP_CHANGE_CREATE = 1,
+	TP_CHANGE_SNAPSHOT = 2,
+	TP_CHANGE_DELETE = 3
+};
+struct tp_change {
+	uint32_t kind;
+	uint32_t id;
+	uint32_t origin;	/* of a snapshot */
+};
+
+/* Write an empty pool. The metadata device's block 0 must be zeros unless force. Durable on return. */
+int tp_pool_format(struct tp_bdev *metadata, uint32_t data_block_size, uint64_t nr_data_blocks,
+		   uint32_t force, struct tp_error *err);
+/* The devices stay the caller's and must outlive the pool. Replays the redo log, if it holds
+ * anything, onto the last commit. May block. */
+int tp_pool_open(struct tp_bdev *metadata, struct tp_bdev *data,
+		 const struct tp_pool_options *options, struct tp_pool **pool_ret,
+		 struct tp_error *err);
+/* Commits, then frees. TP_E_BUSY while volumes are open. On another failure the pool is freed too. */
+int tp_pool_close(struct tp_pool *pool, struct tp_error *err);
+/* Frees without committing: what a crash leaves. */
+void tp_pool_abandon(struct tp_pool *pool);
+/* Everything acknowledged before the call is durable on return. */
+int tp_pool_commit(struct tp_pool *pool, struct tp_error *err);
+void tp_pool_get_status(struct tp_pool *pool, struct tp_pool_status *status_ret);
+/* Wait until the mode, the low-water state or the volume set changed, or timeout_ms passed.
+ * *sequence is what the caller saw last and is updated. */
+int tp_pool_wait_event(struct tp_pool *pool, uint64_t *sequence, uint32_t timeout_ms);
+
+/* All changes or none, together with the transaction id, in one commit; durable on return.
+ * expected must be the current id (else TP_E_TRANSACTION_ID). Origins' writers are drained here. */
+int tp_pool_apply(struct tp_pool *pool, const struct tp_change *changes, size_t nr_changes,
+		  uint64_t expected_transaction_id, uint64_t new_transaction_id,
+		  struct tp_error *err);
+/* The single steps, durable only after tp_pool_commit. */
+int tp_volume_create(struct tp_pool *pool, uint32_t id, struct tp_error *err);
+int tp_snapshot_create(struct tp_pool *pool, uint32_t id, uint32_t origin_id,
+		       struct tp_error *err);
+int tp_volume_delete(struct tp_pool *pool, uint32_t id, struct tp_error *err);
+int tp_pool_set_transaction_id(struct tp_pool *pool, uint64_t expected, uint64_t wanted,
+			       struct tp_error *err);
+
+int tp_pool_resize_data(struct tp_pool *pool, uint64_t nr_blocks, struct tp_error *err);
+/* To the present size of the metadata device. */
+int tp_pool_resize_metadata(struct tp_pool *pool, struct tp_error *err);
+int tp_pool_reserve_metadata_snapshot(struct tp_pool *pool, struct tp_error *err);
+int tp_pool_release_metadata_snapshot(struct tp_pool *pool, struct tp_error *err);
+int tp_pool_clear_needs_check(struct tp_pool *pool, struct tp_error *err);
+int tp_pool_set_when_full(struct tp_pool *pool, uint32_t error_if_no_space, uint32_t timeout_ms);
+int tp_pool_set_low_water(struct tp_pool *pool, uint64_t blocks);
+/* Return the host space of up to max_blocks freed blocks; *left_ret says how many remain. */
+int tp_pool_punch_some(struct tp_pool *pool, uint64_t max_blocks, uint64_t *left_ret,
+		       struct tp_error *err);
+
+/* Up to max entries with id >= first_id, in id order. */
+int tp_pool_list_volumes(struct tp_pool *pool, uint32_t first_id, struct tp_volume_info *infos,
+			 size_t max, size_t *count_ret, struct tp_error *err);
+int tp_pool_get_volume_info(struct tp_pool *pool, uint32_t id, struct tp_volume_info *info_ret,
+			    struct tp_error *err);
+
+/* cffi: off-end */
+
+/* cffi: off */
+/* ---- volumes -------------------------------------------------------------------------------- */
+
+/* size in bytes, a multiple of 512; kept by the caller, not on disk. Opening twice is TP_E_VOLUME_BUSY. */
+int tp_volume_open(struct tp_pool *pool, uint32_t id, uint64_t size, uint32_t read_only,
+		   struct tp_volume **volume_ret, struct tp_error *err);
+void tp_volume_close(struct tp_volume *volume);
+int tp_volume_resize(struct tp_volume *volume, uint64_t size, struct tp_error *err);
+uint32_t tp_volume_id(const struct tp_volume *volume);
+uint64_t tp_volume_size(const struct tp_volume *volume);
+/* Any offset and length within the volume. All may block. */
+int tp_volume_read(struct tp_volume *volume, uint64_t offset, void *buffer, size_t length,
+		   struct tp_error *err);
+int tp_volume_write(struct tp_volume *volume, uint64_t offset, const void *buffer, size_t length,
+		    struct tp_error *err);
+/* Whole blocks inside the range are unmapped, partial ends are left: the kernel's discard. */
+int tp_volume_discard(struct tp_volume *volume, uint64_t offset, uint64_t length,
+		      struct tp_error *err);
+/* Whole blocks are unmapped, partial ends zeroed: reads as zeros afterwards. */
+int tp_volume_zero(struct tp_volume *volume, uint64_t offset, uint64_t length,
+		   struct tp_error *err);
+/* Everything acknowledged before the call survives power loss on return. */
+int tp_volume_flush(struct tp_volume *volume, struct tp_error *err);
+/* First mapped byte at or after offset, and the end of that mapped stretch; TP_E_KEY_NOT_FOUND
+ * when nothing is mapped from there to the end. */
+int tp_volume_next_data(struct tp_volume *volume, uint64_t offset, uint64_t *begin_ret,
+			uint64_t *end_ret, struct tp_error *err);
+/* One volume block's mapping: TP_E_KEY_NOT_FOUND when unmapped. */
+int tp_volume_lookup(struct tp_volume *volume, uint64_t block, uint64_t *data_block_ret,
+		     uint32_t *shared_ret, struct tp_error *err);
+
+/* cffi: off-end */
+
+#endif
