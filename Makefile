@@ -1,0 +1,72 @@
+# One entry point. `make dev` once, then the rest; `sh tools/test.sh` does all of it on a fresh host.
+# Tools come from the virtual environment VENV where there is one, else from PATH.
+
+VENV ?= .venv
+BUILD ?= build
+BIN := $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/,)
+PYTHON := $(BIN)python
+export PATH := $(if $(BIN),$(abspath $(VENV)/bin):)$(PATH)
+export PYTHONSAFEPATH := 1
+WORKERS ?= 2
+SANITIZE := -Db_sanitize=address,undefined
+# Where the container allows no ptrace, LeakSanitizer cannot stop the threads it wants to look at.
+export UBSAN_OPTIONS := print_stacktrace=1:halt_on_error=1
+C_FILES = $(shell git ls-files 'csrc/*.c' 'csrc/*.h')
+
+.PHONY: dev check test test-c asan lint fmt docs docs-check bench ci soak dist clean
+
+dev: ## an editable install: C is rebuilt when thinpool is imported
+	python3 -m venv $(VENV)
+	$(VENV)/bin/pip install meson-python==0.22.1 meson==1.12.1 ninja==1.13.2 'cffi>=1.16'
+	$(VENV)/bin/pip install --no-build-isolation --editable '.[dev]'
+
+check: lint test-c test ## before a commit
+
+$(BUILD)/normal/build.ninja:
+	meson setup -Dwerror=true $(BUILD)/normal
+
+$(BUILD)/asan/build.ninja:
+	meson setup -Dwerror=true $(SANITIZE) -Dbuildtype=debugoptimized $(BUILD)/asan
+
+test-c: $(BUILD)/normal/build.ninja
+	ninja -C $(BUILD)/normal
+	meson test -C $(BUILD)/normal --no-rebuild --print-errorlogs
+
+asan: $(BUILD)/asan/build.ninja
+	ninja -C $(BUILD)/asan
+	meson test -C $(BUILD)/asan --no-rebuild --print-errorlogs
+
+test:
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
+
+lint:
+	ruff check .
+	ruff format --check .
+	mypy
+	clang-format --dry-run --Werror $(C_FILES)
+
+fmt:
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(C_FILES)
+
+docs: ## write the generated tables
+	$(PYTHON) tools/gen_format_doc.py
+
+docs-check:
+	$(PYTHON) tools/gen_format_doc.py --check
+
+bench:
+	$(PYTHON) tools/bench_allocator.py
+
+soak: ## hours: random models and crash images, far beyond what the suite does
+	THINPOOL_PROFILE=soak $(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup --timeout 0 tests
+
+ci: lint test-c asan ## what tools/test.sh runs once everything is installed; ends with pytest's summary
+	THINPOOL_PROFILE=$${THINPOOL_PROFILE:-ci} $(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup --durations 15 $(PYTEST_ARGUMENTS)
+
+dist: ## a source archive, from what is committed
+	$(PYTHON) -m build --sdist --no-isolation
+
+clean:
+	rm -rf $(BUILD)
