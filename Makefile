@@ -62,8 +62,10 @@ bench:
 soak: ## hours: random models and crash images, far beyond what the suite does
 	THINPOOL_PROFILE=soak $(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup --timeout 0 tests
 
-ci: lint test-c asan ## what tools/test.sh runs once everything is installed; ends with pytest's summary
-	THINPOOL_PROFILE=$${THINPOOL_PROFILE:-ci} $(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup --durations 15 $(PYTEST_ARGUMENTS)
+# Lint runs inside pytest (tests/tidy), so that pytest's summary, which is the last line, covers it.
+ci: test-c asan ## what tools/test.sh runs once everything is installed
+	THINPOOL_PROFILE=$${THINPOOL_PROFILE:-ci} $(PYTHON) -m pytest -n $(WORKERS) \
+		--dist loadgroup --durations 15 $(PYTEST_ARGUMENTS)
 
 dist: ## a source archive, from what is committed
 	$(PYTHON) -m build --sdist --no-isolation

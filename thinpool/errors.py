@@ -1,4 +1,4 @@
-"""Errors are types with attributes; the text says what was asked, what stands in the way, what to do.
+"""Errors are types with attributes; the text says what was asked, what is in the way, what to do.
 
 Front ends map these types, never their text, to exit codes, HTTP replies and the like: one table
 each. Every attribute is JSON-serialisable and is what a remote caller gets back.
@@ -19,13 +19,13 @@ class ThinpoolError(Exception):
 
     kind: ClassVar[str] = "failed"
 
-    def __init__(self, message: str, **attributes: Any) -> None:
+    def __init__(self, message: str, **attributes: Any) -> None:  # noqa: ANN401 - JSON values
         """Keep the message and the attributes."""
         super().__init__(message)
         self.message = message
         self.attributes: dict[str, Any] = attributes
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - as above
         """Attributes read as fields."""
         try:
             return self.__dict__["attributes"][name]
@@ -71,7 +71,7 @@ class ClosedError(ThinpoolError):
     kind = "closed"
 
 
-class InterruptedError_(ThinpoolError):
+class InterruptedError_(ThinpoolError):  # noqa: N801, N818 - the builtin has the bare name
     """The user or a signal stopped the operation; it was undone."""
 
     kind = "interrupted"
@@ -179,7 +179,7 @@ class ArchiveError(ThinpoolError):
     kind = "archive"
 
 
-class TimeoutError_(BusyError):
+class TimeoutError_(BusyError):  # noqa: N801, N818 - the builtin has the bare name
     """A lock or a device was not to be had within ``timeout`` seconds."""
 
     kind = "timeout"

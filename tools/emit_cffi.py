@@ -1,7 +1,7 @@
 """Write the C source of thinpool._native._core from csrc/include/thinpool/abi.h.
 
-The declarations between each pair of cffi marks go to cdef as they stand; the compiler gets the same
-header by #include. Usage: emit_cffi.py ABI_HEADER OUTPUT.c
+The declarations between each pair of cffi marks go to cdef as they stand; the compiler gets the
+same header by #include. Usage: emit_cffi.py ABI_HEADER OUTPUT.c
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ END = "/* cffi: end */"
 
 
 def declarations(header: Path) -> str:
-    """The text between the marks, without comments (cdef takes none inside enums on all versions)."""
+    """The text between the marks, without comments (old cdefs take none inside enums)."""
     text = header.read_text()
     parts = []
     end = 0

@@ -73,5 +73,5 @@ fi
 say "build and install thinpool"
 pip install -q --disable-pip-version-check --no-build-isolation --no-deps --force-reinstall .
 
-say "lint, C tests, C tests under ASan and UBSan, then pytest"
+say "C tests, C tests under ASan and UBSan, then pytest (lint is among its tests)"
 exec make ci VENV="$VENV" PYTEST_ARGUMENTS="$*"

@@ -90,7 +90,9 @@ def test_seed_is_shown_on_failure_and_the_same_each_time(tmp_path: Path) -> None
     other = run_session(tmp_path, body, THINPOOL_SEED="8")
 
     def shown(output: str) -> str:
-        return next(line for line in output.splitlines() if line.startswith("seed ") and "(" in line)
+        return next(
+            line for line in output.splitlines() if line.startswith("seed ") and "(" in line
+        )
 
     assert shown(first) == shown(again)
     assert shown(first) != shown(other)
