@@ -134,7 +134,7 @@ int tp_allocator_next_free_run(const struct tp_allocator *allocator, uint64_t be
 
 /* cffi: off-end */
 
-/* cffi: off */
+/* cffi: begin */
 /* ---- block devices ------------------------------------------------------------------------ */
 
 struct tp_bdev;
@@ -144,21 +144,18 @@ enum tp_bdev_flags {
 	TP_BDEV_DIRECT = 2,	/* O_DIRECT; falls back to TP_E_NOT_SUPPORTED, never silently */
 	TP_BDEV_EXCLUSIVE = 4,	/* flock LOCK_EX|LOCK_NB (and O_EXCL on a block device): TP_E_BUSY */
 	TP_BDEV_CREATE = 8,	/* O_CREAT|O_EXCL, then ftruncate to size: TP_E_NOT_EMPTY if it exists */
-	TP_BDEV_SHARED_LOCK = 16 /* flock LOCK_SH on this open file description: lives until its last I/O ended */
+	TP_BDEV_SHARED_LOCK = 16 /* flock LOCK_SH|LOCK_NB, which lives until the last I/O on this open
+				  * file description has ended: TP_E_BUSY against an exclusive one */
 };
 
 int tp_bdev_file_open(const char *path, uint32_t flags, uint64_t create_size,
 		      struct tp_bdev **bdev_ret, struct tp_error *err);
-/* Memory; contents zero. */
+/* Memory; contents zero; size >= 1. */
 int tp_bdev_mem_open(uint64_t size, struct tp_bdev **bdev_ret, struct tp_error *err);
-/* Scripted faults in front of `below` (which stays the caller's and must outlive it). */
-int tp_bdev_fault_open(struct tp_bdev *below, struct tp_bdev **bdev_ret, struct tp_error *err);
-/* Records every write, punch and flush in front of `below` (as above). Entries of several devices
- * share one order when opened with the same `order` device's log, NULL for a log of its own. */
-int tp_bdev_log_open(struct tp_bdev *below, struct tp_bdev *order, uint32_t device_number,
-		     struct tp_bdev **bdev_ret, struct tp_error *err);
 void tp_bdev_close(struct tp_bdev *bdev);
 
+/* Whole or not at all, but for a failed write or punch, which may have changed any part of its
+ * range. The host's errors are TP_E_IO with host_errno. After a failed flush each later one fails. */
 int tp_bdev_read(struct tp_bdev *bdev, uint64_t offset, void *buffer, size_t length,
 		 struct tp_error *err);
 int tp_bdev_write(struct tp_bdev *bdev, uint64_t offset, const void *buffer, size_t length,
@@ -166,10 +163,31 @@ int tp_bdev_write(struct tp_bdev *bdev, uint64_t offset, const void *buffer, siz
 int tp_bdev_flush(struct tp_bdev *bdev, struct tp_error *err);
 /* Deallocate; reads as zeros afterwards. TP_E_NOT_SUPPORTED where that cannot be promised. */
 int tp_bdev_punch(struct tp_bdev *bdev, uint64_t offset, uint64_t length, struct tp_error *err);
+/* A file is cut or grown with zeros; a block device cannot pass its real size. Size 0 takes the
+ * size that the file or device has at present: it was grown from outside. */
 int tp_bdev_resize(struct tp_bdev *bdev, uint64_t size, struct tp_error *err);
 uint64_t tp_bdev_size(const struct tp_bdev *bdev);
 /* Offsets and lengths of I/O must be multiples of this (512 or 4096; 1 where it does not matter). */
 uint32_t tp_bdev_io_align(const struct tp_bdev *bdev);
+
+/* 1 when punch can be had. */
+uint32_t tp_bdev_can_punch(const struct tp_bdev *bdev);
+/* The next stretch [*begin_ret, *end_ret) at or after offset that may hold anything but zeros;
+ * begin == end == size when there is none. A device that cannot tell answers that everything may. */
+int tp_bdev_next_data(struct tp_bdev *bdev, uint64_t offset, uint64_t *begin_ret,
+		      uint64_t *end_ret, struct tp_error *err);
+
+/* cffi: end */
+
+/* cffi: off */
+/* ---- faults and logs ------------------------------------------------------------------------ */
+
+/* Scripted faults in front of `below` (which stays the caller's and must outlive it). */
+int tp_bdev_fault_open(struct tp_bdev *below, struct tp_bdev **bdev_ret, struct tp_error *err);
+/* Records every write, punch and flush in front of `below` (as above). Entries of several devices
+ * share one order when opened with the same `order` device's log, NULL for a log of its own. */
+int tp_bdev_log_open(struct tp_bdev *below, struct tp_bdev *order, uint32_t device_number,
+		     struct tp_bdev **bdev_ret, struct tp_error *err);
 
 enum tp_fault_kind {
 	TP_FAULT_ERROR = 1,		/* fails with host_errno, nothing done */

@@ -3,14 +3,29 @@
  * Block devices that stack.
  *
  * A device knows nothing of pools or formats. The fields below ops are set at open and constant
- * after, size excepted. All operations are thread-safe and may block. Offsets and lengths are
- * multiples of io_align; a buffer of any memory alignment is taken (a file opened O_DIRECT
- * bounces one that does not fit mem_align).
+ * after. All operations are thread-safe and may block; what two overlapping operations leave when
+ * they run at once is undefined, as on a disk. Offsets and lengths are multiples of io_align; a
+ * buffer of any memory alignment is taken (a file opened O_DIRECT bounces one that does not fit
+ * mem_align).
+ *
+ * Layers: tp_bdev_*() in bdev.c check range, alignment and read-only once, then call the
+ * operations, which may rely on it. An operation of length 0 succeeds and does nothing. Each
+ * operation is done whole or fails; a write that failed may have changed any part of its range.
+ *
+ * Errors of the host are TP_E_IO with its errno in err->host_errno, ENOSPC and EDQUOT too: the
+ * layers above tell a full host by tp_error_is_host_full(). A file that ends before the device
+ * does is TP_E_IO with host_errno 0. A flush that failed is final: what the host failed to write it
+ * may have forgotten, so each later flush of that device fails likewise.
+ *
+ * A device that stacks (fault, log) borrows the one below it, which must outlive it; tp_bdev_close()
+ * closes only the device it is given, and only when no operation on it is running.
  */
 #ifndef THINPOOL_BDEV_H
 #define THINPOOL_BDEV_H
 
 #include "thinpool/abi.h"
+
+#include <errno.h>
 
 struct tp_bdev_ops {
 	const char *name;
@@ -32,15 +47,22 @@ struct tp_bdev_ops {
 
 struct tp_bdev {
 	const struct tp_bdev_ops *ops;
-	uint32_t io_align;	/* bytes */
-	uint32_t mem_align;	/* bytes; what passes without a bounce */
-	int fd;			/* for asynchronous I/O on the same description; -1 where there is none */
-	uint32_t can_punch;	/* punch is supported and reads as zeros afterwards */
+	uint32_t io_align;  /* bytes, a power of two */
+	uint32_t mem_align; /* bytes, a power of two; what passes without a bounce */
+	int fd; /* for asynchronous I/O on the same description; -1 where there is none */
+	uint32_t can_punch; /* punch is supported and reads as zeros afterwards */
+	uint32_t read_only;
 };
 
-int tp_bdev_next_data(struct tp_bdev *bdev, uint64_t offset, uint64_t *begin_ret,
-		      uint64_t *end_ret, struct tp_error *err);
-/* Vectored; iov_len of each part is a multiple of io_align. */
-struct iovec;
+/* Whether an errno of the host means that its own disk, or this user's quota of it, is full. */
+static inline int tp_errno_is_host_full(int host_errno)
+{
+	return host_errno == ENOSPC || host_errno == EDQUOT;
+}
+
+static inline int tp_error_is_host_full(const struct tp_error *err)
+{
+	return err->status == TP_E_IO && tp_errno_is_host_full(err->host_errno);
+}
 
 #endif
