@@ -155,6 +155,18 @@ class NotThereYetError(ThinpoolError):
     kind = "not_there_yet"
 
 
+class NoMemoryError(ThinpoolError):
+    """The host has no memory left."""
+
+    kind = "no_memory"
+
+
+class PoolFailedError(ThinpoolError):
+    """The pool gave up: its metadata can be neither read nor written."""
+
+    kind = "pool_failed"
+
+
 class StorageIOError(ThinpoolError):
     """The host's I/O failed: ``errno``, ``path``, ``block`` where known."""
 

@@ -6,11 +6,6 @@ here.
 
 from __future__ import annotations
 
-from typing import Any
-
-from thinpool._native import _core
-
-ffi: Any = _core.ffi
-lib: Any = _core.lib
+from thinpool._native._core import ffi, lib
 
 __all__ = ["ffi", "lib"]

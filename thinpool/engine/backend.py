@@ -1,0 +1,253 @@
+"""What a pool does, whichever engine drives it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Protocol, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from types import TracebackType
+
+    from thinpool.model import VolumeId
+
+SECTOR = 512
+METADATA_BLOCK = 4096
+VOLUME_ID_MAX = (1 << 24) - 1
+
+
+class PoolMode(IntEnum):
+    """What a pool can do at present."""
+
+    RW = 0
+    OUT_OF_DATA_SPACE = 1
+    RO = 2
+    FAIL = 3
+
+
+class DiscardMode(IntEnum):
+    """What becomes of discards."""
+
+    PASSDOWN = 0
+    NO_PASSDOWN = 1
+    IGNORE = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolOptions:
+    """How a pool is opened.
+
+    Attributes:
+        zero: new blocks read as zeros wherever they were not written.
+        error_if_no_space: writes fail at once when data space is out, else they wait.
+        no_space_timeout_ms: so long; 0 for ever.
+        discard_mode: what becomes of discards.
+        read_only: never write.
+        commit_interval_ms: of commits that nobody asked for; 0 for none.
+        low_water_blocks: free data blocks below which low_water_reached is set.
+        cache_bytes: of clean metadata blocks in memory.
+    """
+
+    zero: bool = True
+    error_if_no_space: bool = False
+    no_space_timeout_ms: int = 60_000
+    discard_mode: DiscardMode = DiscardMode.PASSDOWN
+    read_only: bool = False
+    commit_interval_ms: int = 1000
+    low_water_blocks: int = 0
+    cache_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolStatus:
+    """A pool's state and counters; blocks are data blocks unless the name says metadata."""
+
+    mode: PoolMode
+    needs_check: bool
+    transaction_id: int
+    time: int
+    data_block_size: int
+    data_blocks_total: int
+    data_blocks_used: int
+    metadata_blocks_total: int
+    metadata_blocks_used: int
+    metadata_blocks_reserve: int
+    held_root: int
+    nr_volumes: int
+    commits: int
+    data_flushes: int
+    metadata_flushes: int
+    provisioned: int
+    broke_sharing: int
+    discarded: int
+    punch_backlog: int
+    low_water_reached: bool
+    dirty: bool
+    replayed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeInfo:
+    """What the pool's metadata knows of a thin volume; its size is not among it."""
+
+    id: VolumeId
+    creation_time: int
+    snapshotted_time: int
+    open: bool
+    mapped_blocks: int
+    transaction_id: int
+
+
+class ChangeKind(IntEnum):
+    """What a change does."""
+
+    CREATE = 1
+    SNAPSHOT = 2
+    DELETE = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """One step of a transaction; ``origin`` is a snapshot's."""
+
+    kind: ChangeKind
+    id: VolumeId
+    origin: VolumeId | None = None
+
+
+class VolumeIO(Protocol):
+    """An open thin volume. Offsets and lengths are bytes of any alignment."""
+
+    @property
+    def id(self) -> VolumeId:
+        """Of the thin device."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        ...
+
+    def resize(self, size: int) -> None:
+        """Set the size."""
+        ...
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read."""
+        ...
+
+    def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
+        """Fill the buffer."""
+        ...
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write."""
+        ...
+
+    def discard(self, offset: int, length: int) -> None:
+        """Unmap whole blocks, leave partial ends."""
+        ...
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make it read as zeros, unmapping whole blocks."""
+        ...
+
+    def flush(self) -> None:
+        """Make everything acknowledged before durable."""
+        ...
+
+    def next_data(self, offset: int) -> tuple[int, int] | None:
+        """The next mapped stretch, None when there is none."""
+        ...
+
+    def close(self) -> None:
+        """Let go."""
+        ...
+
+
+class PoolBackend(Protocol):
+    """An open pool. Thread-safe; every method may block."""
+
+    def status(self) -> PoolStatus:
+        """State and counters."""
+        ...
+
+    def apply(self, changes: Sequence[Change], *, expected: int, new: int) -> None:
+        """Make all changes or none, together with the transaction id. Durable on return.
+
+        Raises:
+            TransactionIdError: the pool's is not the expected one.
+            AlreadyExistsError, NotFoundError, BusyError: of a volume.
+            MetadataSpaceError, ReadOnlyError: the pool cannot.
+        """
+        ...
+
+    def commit(self) -> None:
+        """Make everything acknowledged before durable."""
+        ...
+
+    def volumes(self) -> Iterator[VolumeInfo]:
+        """All thin volumes in the order of their ids."""
+        ...
+
+    def volume_info(self, volume_id: VolumeId) -> VolumeInfo:
+        """One of them."""
+        ...
+
+    def open_volume(self, volume_id: VolumeId, *, size: int, read_only: bool = False) -> VolumeIO:
+        """Open one; twice is BusyError."""
+        ...
+
+    def resize_data(self, blocks: int) -> None:
+        """Grow the data to so many blocks."""
+        ...
+
+    def resize_metadata(self) -> None:
+        """Grow the metadata to its device's size."""
+        ...
+
+    def reserve_metadata_snapshot(self) -> None:
+        """Hold the present metadata for readers beside us."""
+        ...
+
+    def release_metadata_snapshot(self) -> None:
+        """Let it go."""
+        ...
+
+    def clear_needs_check(self) -> None:
+        """Say that it was checked."""
+        ...
+
+    def set_when_full(self, *, error: bool, timeout_ms: int) -> None:
+        """What writes do when data space is out."""
+        ...
+
+    def set_low_water(self, blocks: int) -> None:
+        """Free data blocks below which low_water_reached is set."""
+        ...
+
+    def punch_some(self, max_blocks: int) -> int:
+        """Return the host space of so many freed blocks; how many are left to do."""
+        ...
+
+    def wait_event(self, sequence: int, *, timeout_ms: int) -> int:
+        """Wait until the mode, low water or the set of volumes changes; the new sequence."""
+        ...
+
+    def close(self) -> None:
+        """Commit and let go."""
+        ...
+
+    def __enter__(self) -> Self:
+        """The pool itself."""
+        ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close."""
+        ...

@@ -1,0 +1,366 @@
+"""The user engine: pools and volumes of the C core."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from thinpool._native import ffi, lib
+from thinpool.engine.backend import (
+    Change,
+    PoolMode,
+    PoolOptions,
+    PoolStatus,
+    VolumeInfo,
+)
+from thinpool.engine.handle import Handle
+from thinpool.engine.status import check
+from thinpool.errors import NotFoundError
+from thinpool.model import VolumeId
+
+if TYPE_CHECKING:
+    import mmap
+    from collections.abc import Iterator, Sequence
+
+    from thinpool.engine.bdev import BlockDevice
+
+_LIST_BATCH = 1024
+_DEFAULT_OPTIONS = PoolOptions()
+
+
+def format_pool(
+    metadata: BlockDevice, *, block_size: int, data_blocks: int, force: bool = False
+) -> None:
+    """Write an empty pool; durable on return.
+
+    Args:
+        metadata: its first block must be zeros unless ``force``.
+        block_size: of data, bytes.
+        data_blocks: how many.
+        force: overwrite what is there.
+
+    Raises:
+        ForeignDataError: it carries something.
+        UsageError: a size that cannot be.
+    """
+    with metadata.in_call() as (pointer, err):
+        status = lib.tp_pool_format(pointer, block_size, data_blocks, int(force), err)
+        check(status, err, path=metadata.name)
+
+
+class Pool(Handle):
+    """An open pool; implements PoolBackend. Thread-safe."""
+
+    def __init__(self, pointer: Any, *, above: tuple[Handle, ...], keep: object) -> None:  # noqa: ANN401 - cffi's data has no type
+        """Use open instead."""
+        super().__init__(pointer, lib.tp_pool_abandon, above=above, what="the pool")
+        self._keep = keep
+
+    @classmethod
+    def open(
+        cls,
+        metadata: BlockDevice,
+        data: BlockDevice,
+        options: PoolOptions = _DEFAULT_OPTIONS,
+        *,
+        redo_memory: mmap.mmap | None = None,
+    ) -> Self:
+        """Open a pool on its two devices, which stay open until it is closed.
+
+        Args:
+            metadata: the metadata device.
+            data: the data device.
+            options: how.
+            redo_memory: shared memory that holds the redo log; what it holds is replayed onto the
+                last commit.
+
+        Raises:
+            CorruptMetadataError: or one of its kinds.
+        """
+        settings = ffi.new("struct tp_pool_options *")
+        settings.skip_block_zeroing = int(not options.zero)
+        settings.error_if_no_space = int(options.error_if_no_space)
+        settings.no_space_timeout_ms = options.no_space_timeout_ms
+        settings.discard_mode = int(options.discard_mode)
+        settings.read_only = int(options.read_only)
+        settings.commit_interval_ms = options.commit_interval_ms
+        settings.low_water_blocks = options.low_water_blocks
+        settings.cache_bytes = options.cache_bytes
+        redo = None
+        if redo_memory is not None:
+            redo = ffi.from_buffer("unsigned char[]", redo_memory, require_writable=True)
+            settings.redo_memory = redo
+            settings.redo_size = len(redo)
+        opened = ffi.new("struct tp_pool **")
+        with metadata.in_call() as (metadata_pointer, err), data.in_call() as (data_pointer, _):
+            status = lib.tp_pool_open(metadata_pointer, data_pointer, settings, opened, err)
+            check(status, err, path=metadata.name)
+        return cls(opened[0], above=(metadata, data), keep=redo)
+
+    def _free(self, pointer: Any) -> None:  # noqa: ANN401 - cffi's data has no type
+        err = ffi.new("struct tp_error *")
+        try:
+            check(lib.tp_pool_close(pointer, err), err)
+        finally:
+            if err.status != lib.TP_E_BUSY:
+                self._drop_redo()
+
+    def _drop_redo(self) -> None:
+        keep, self._keep = self._keep, None
+        if keep is not None:
+            ffi.release(keep)
+
+    def abandon(self) -> None:
+        """Let go without a commit: what a crash leaves."""
+        pointer = self._take()
+        if pointer is not None:
+            self._finish(pointer, lib.tp_pool_abandon)
+            self._drop_redo()
+
+    def status(self) -> PoolStatus:
+        """State and counters."""
+        found = ffi.new("struct tp_pool_status *")
+        with self.in_call() as (pointer, _):
+            lib.tp_pool_get_status(pointer, found)
+        return PoolStatus(
+            mode=PoolMode(found.mode),
+            needs_check=bool(found.needs_check),
+            transaction_id=int(found.transaction_id),
+            time=int(found.time),
+            data_block_size=int(found.data_block_size),
+            data_blocks_total=int(found.data_blocks_total),
+            data_blocks_used=int(found.data_blocks_used),
+            metadata_blocks_total=int(found.metadata_blocks_total),
+            metadata_blocks_used=int(found.metadata_blocks_used),
+            metadata_blocks_reserve=int(found.metadata_blocks_reserve),
+            held_root=int(found.held_root),
+            nr_volumes=int(found.nr_volumes),
+            commits=int(found.commits),
+            data_flushes=int(found.data_flushes),
+            metadata_flushes=int(found.metadata_flushes),
+            provisioned=int(found.provisioned),
+            broke_sharing=int(found.broke_sharing),
+            discarded=int(found.discarded),
+            punch_backlog=int(found.punch_backlog),
+            low_water_reached=bool(found.low_water_reached),
+            dirty=bool(found.dirty),
+            replayed=int(found.replayed),
+        )
+
+    def commit(self) -> None:
+        """Make everything acknowledged before the call durable."""
+        with self.in_call() as (pointer, err):
+            check(lib.tp_pool_commit(pointer, err), err)
+
+    def wait_event(self, sequence: int, *, timeout_ms: int) -> int:
+        """Wait until the mode, low water or the set of volumes changes; the new sequence."""
+        seen = ffi.new("uint64_t *", sequence)
+        with self.in_call() as (pointer, _):
+            check(lib.tp_pool_wait_event(pointer, seen, timeout_ms))
+        return int(seen[0])
+
+    def apply(self, changes: Sequence[Change], *, expected: int, new: int) -> None:
+        """Make all changes or none, together with the transaction id. Durable on return."""
+        array = ffi.new("struct tp_change[]", len(changes))
+        for each, change in zip(array, changes, strict=True):
+            each.kind = int(change.kind)
+            each.id = change.id
+            each.origin = change.origin if change.origin is not None else 0
+        with self.in_call() as (pointer, err):
+            check(lib.tp_pool_apply(pointer, array, len(changes), expected, new, err), err)
+
+    def create_volume(self, volume_id: VolumeId) -> None:
+        """Make an empty volume; durable after a commit."""
+        with self.in_call() as (pointer, err):
+            check(lib.tp_volume_create(pointer, volume_id, err), err, volume_id=volume_id)
+
+    def create_snapshot(self, volume_id: VolumeId, *, origin: VolumeId) -> None:
+        """Make a volume that shares every mapping of an origin; durable after a commit."""
+        with self.in_call() as (pointer, err):
+            status = lib.tp_snapshot_create(pointer, volume_id, origin, err)
+            check(status, err, volume_id=volume_id, origin=origin)
+
+    def delete_volume(self, volume_id: VolumeId) -> None:
+        """Delete a volume; durable after a commit."""
+        with self.in_call() as (pointer, err):
+            check(lib.tp_volume_delete(pointer, volume_id, err), err, volume_id=volume_id)
+
+    def set_transaction_id(self, *, expected: int, new: int) -> None:
+        """Set the transaction id; durable after a commit."""
+        with self.in_call() as (pointer, err):
+            check(lib.tp_pool_set_transaction_id(pointer, expected, new, err), err)
+
+    def resize_data(self, blocks: int) -> None:
+        """Grow the data to so many blocks."""
+        with self.in_call() as (pointer, err):
+            check(lib.tp_pool_resize_data(pointer, blocks, err), err)
+
+    def resize_metadata(self) -> None:
+        """Grow the metadata to its device's size."""
+        with self.in_call() as (pointer, err):
+            check(lib.tp_pool_resize_metadata(pointer, err), err)
+
+    def reserve_metadata_snapshot(self) -> None:
+        """Hold the present metadata for readers beside us."""
+        with self.in_call() as (pointer, err):
+            check(lib.tp_pool_reserve_metadata_snapshot(pointer, err), err)
+
+    def release_metadata_snapshot(self) -> None:
+        """Let it go."""
+        with self.in_call() as (pointer, err):
+            check(lib.tp_pool_release_metadata_snapshot(pointer, err), err)
+
+    def clear_needs_check(self) -> None:
+        """Say that it was checked."""
+        with self.in_call() as (pointer, err):
+            check(lib.tp_pool_clear_needs_check(pointer, err), err)
+
+    def set_when_full(self, *, error: bool, timeout_ms: int) -> None:
+        """What writes do when data space is out."""
+        with self.in_call() as (pointer, _):
+            check(lib.tp_pool_set_when_full(pointer, int(error), timeout_ms))
+
+    def set_low_water(self, blocks: int) -> None:
+        """Free data blocks below which low_water_reached is set."""
+        with self.in_call() as (pointer, _):
+            check(lib.tp_pool_set_low_water(pointer, blocks))
+
+    def punch_some(self, max_blocks: int) -> int:
+        """Return the host space of so many freed blocks; how many are left to do."""
+        left = ffi.new("uint64_t *")
+        with self.in_call() as (pointer, err):
+            check(lib.tp_pool_punch_some(pointer, max_blocks, left, err), err)
+        return int(left[0])
+
+    def volumes(self) -> Iterator[VolumeInfo]:
+        """All volumes in the order of their ids."""
+        infos = ffi.new("struct tp_volume_info[]", _LIST_BATCH)
+        count = ffi.new("size_t *")
+        first = 0
+        while True:
+            with self.in_call() as (pointer, err):
+                status = lib.tp_pool_list_volumes(pointer, first, infos, _LIST_BATCH, count, err)
+                check(status, err)
+            for index in range(count[0]):
+                yield _volume_info(infos[index])
+            if count[0] < _LIST_BATCH:
+                return
+            first = infos[count[0] - 1].id + 1
+
+    def volume_info(self, volume_id: VolumeId) -> VolumeInfo:
+        """What the metadata knows of one volume."""
+        info = ffi.new("struct tp_volume_info *")
+        with self.in_call() as (pointer, err):
+            status = lib.tp_pool_get_volume_info(pointer, volume_id, info, err)
+            check(status, err, volume_id=volume_id)
+        return _volume_info(info)
+
+    def open_volume(self, volume_id: VolumeId, *, size: int, read_only: bool = False) -> Volume:
+        """Open a volume; its size is the caller's to know.
+
+        Raises:
+            BusyError: it is open.
+            NotFoundError: there is none.
+        """
+        opened = ffi.new("struct tp_volume **")
+        with self.in_call() as (pointer, err):
+            status = lib.tp_volume_open(pointer, volume_id, size, int(read_only), opened, err)
+            check(status, err, volume_id=volume_id)
+        return Volume(opened[0], pool=self, volume_id=volume_id)
+
+
+def _volume_info(info: Any) -> VolumeInfo:  # noqa: ANN401 - cffi's data has no type
+    return VolumeInfo(
+        id=VolumeId(int(info.id)),
+        creation_time=int(info.creation_time),
+        snapshotted_time=int(info.snapshotted_time),
+        open=bool(info.open),
+        mapped_blocks=int(info.mapped_blocks),
+        transaction_id=int(info.transaction_id),
+    )
+
+
+class Volume(Handle):
+    """An open volume; implements VolumeIO. Thread-safe; offsets and lengths of any alignment."""
+
+    def __init__(self, pointer: Any, *, pool: Pool, volume_id: VolumeId) -> None:  # noqa: ANN401 - cffi's data has no type
+        """Use Pool.open_volume instead."""
+        super().__init__(pointer, lib.tp_volume_close, above=(pool,), what=f"volume {volume_id}")
+        self._id = volume_id
+
+    def _free(self, pointer: Any) -> None:  # noqa: ANN401 - as above
+        lib.tp_volume_close(pointer)
+
+    @property
+    def id(self) -> VolumeId:
+        """Of the thin device."""
+        return self._id
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        with self.in_call() as (pointer, _):
+            return int(lib.tp_volume_size(pointer))
+
+    def resize(self, size: int) -> None:
+        """Set the size; what lies past a smaller one is unmapped."""
+        with self.in_call() as (pointer, err):
+            check(lib.tp_volume_resize(pointer, size, err), err)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read; what was never written is zeros."""
+        buffer = bytearray(length)
+        self.read_into(offset, buffer)
+        return bytes(buffer)
+
+    def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
+        """Fill the buffer."""
+        with (
+            self.in_call() as (pointer, err),
+            ffi.from_buffer("unsigned char[]", buffer, require_writable=True) as data,
+        ):
+            check(lib.tp_volume_read(pointer, offset, data, len(data), err), err)
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write; survives power loss after the next flush."""
+        with (
+            self.in_call() as (pointer, err),
+            ffi.from_buffer("unsigned char[]", data) as source,
+        ):
+            check(lib.tp_volume_write(pointer, offset, source, len(source), err), err)
+
+    def discard(self, offset: int, length: int) -> None:
+        """Unmap whole blocks and leave partial ends: the kernel's discard."""
+        with self.in_call() as (pointer, err):
+            check(lib.tp_volume_discard(pointer, offset, length, err), err)
+
+    def zero(self, offset: int, length: int) -> None:
+        """Unmap whole blocks and zero partial ends: all of it reads as zeros afterwards."""
+        with self.in_call() as (pointer, err):
+            check(lib.tp_volume_zero(pointer, offset, length, err), err)
+
+    def flush(self) -> None:
+        """Everything acknowledged before the call survives power loss on return."""
+        with self.in_call() as (pointer, err):
+            check(lib.tp_volume_flush(pointer, err), err)
+
+    def next_data(self, offset: int) -> tuple[int, int] | None:
+        """The next mapped stretch (begin, end) at or after offset; None when there is none."""
+        begin = ffi.new("uint64_t *")
+        end = ffi.new("uint64_t *")
+        with self.in_call() as (pointer, err):
+            try:
+                check(lib.tp_volume_next_data(pointer, offset, begin, end, err), err)
+            except NotFoundError:
+                return None
+        return int(begin[0]), int(end[0])
+
+    def lookup(self, block: int) -> tuple[int, bool] | None:
+        """One block's data block and whether it is shared; None when it is unmapped."""
+        data_block = ffi.new("uint64_t *")
+        shared = ffi.new("uint32_t *")
+        with self.in_call() as (pointer, err):
+            try:
+                check(lib.tp_volume_lookup(pointer, block, data_block, shared, err), err)
+            except NotFoundError:
+                return None
+        return int(data_block[0]), bool(shared[0])
