@@ -11,7 +11,7 @@ WORKERS ?= 2
 SANITIZE := -Db_sanitize=address,undefined
 # Where the container allows no ptrace, LeakSanitizer cannot stop the threads it wants to look at.
 export UBSAN_OPTIONS := print_stacktrace=1:halt_on_error=1
-C_FILES = $(shell git ls-files 'csrc/*.c' 'csrc/*.h')
+C_FILES = $(shell git ls-files "csrc/*.c" "csrc/*.h")
 
 .PHONY: dev check test test-c asan lint fmt docs docs-check bench ci soak dist clean
 
@@ -63,9 +63,8 @@ soak: ## hours: random models and crash images, far beyond what the suite does
 	THINPOOL_PROFILE=soak $(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup --timeout 0 tests
 
 # Lint runs inside pytest (tests/tidy), so that pytest's summary, which is the last line, covers it.
-ci: test-c asan ## what tools/test.sh runs once everything is installed
-	THINPOOL_PROFILE=$${THINPOOL_PROFILE:-ci} $(PYTHON) -m pytest -n $(WORKERS) \
-		--dist loadgroup --durations 15 $(PYTEST_ARGUMENTS)
+ci: ## everything, setting up what is missing
+	sh tools/test.sh
 
 dist: ## a source archive, from what is committed
 	$(PYTHON) -m build --sdist --no-isolation

@@ -38,7 +38,10 @@ def test_it(): pass
 
 def test_missing_capability_skips_and_says_why(tmp_path: Path) -> None:
     output = run_session(
-        tmp_path, NEEDS_PROGRAM_THAT_IS_MISSING, PATH=str(Path(sys.executable).parent)
+        tmp_path,
+        NEEDS_PROGRAM_THAT_IS_MISSING,
+        PATH=str(Path(sys.executable).parent),
+        THINPOOL_REQUIRE="",
     )
     assert "1 skipped" in output
     assert "needs thin_tools: no thin_check, thin_dump, thin_restore on this host" in output
@@ -75,7 +78,7 @@ def test_it():
     child = subprocess.Popen(["sleep", "600"])
     Path("pid").write_text(str(child.pid))
 """
-    output = run_session(tmp_path, body, "-W", "ignore::ResourceWarning")
+    output = run_session(tmp_path, body, "-W", "ignore::ResourceWarning", THINPOOL_REQUIRE="")
     pid = int((tmp_path / "pid").read_text())
     assert "left behind by this session" in output
     assert f"process {pid}: sleep 600" in output
