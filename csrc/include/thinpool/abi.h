@@ -81,7 +81,7 @@ const char *tp_status_name(int status);
 
 /* cffi: end */
 
-/* cffi: off */
+/* cffi: begin */
 /* ---- CRC-32C ---------------------------------------------------------------------------- */
 
 /* Raw CRC-32C (reflected 0x82F63B78): no final inversion. Start with crc = 0xFFFFFFFF. */
@@ -92,7 +92,7 @@ const char *tp_crc32c_implementation(void);
 int tp_crc32c_with(const char *implementation, uint32_t crc, const void *data, size_t length,
 		   uint32_t *crc_ret);
 
-/* cffi: off-end */
+/* cffi: end */
 
 /* cffi: off */
 /* ---- allocator --------------------------------------------------------------------------- */
