@@ -126,10 +126,8 @@ def power_of_x(n: int) -> int:
 
 
 def test_the_constants_in_the_source_are_the_powers_they_claim_to_be():
-    source = Path(__file__).parents[2] / "csrc/src/crc32c_x86.c"
-    defines = dict(
-        re.findall(r"#define (\w+) (?:FOLD_HALF\()?(0x[0-9a-f]+U|\d+)", source.read_text())
-    )
+    source = (Path(__file__).parents[2] / "csrc/src/crc32c_x86.c").read_text()
+    defines = dict(re.findall(r"#define (\w+)\s+(?:FOLD_HALF\()?(0x[0-9a-f]+U|\d+)", source))
     values = {name: int(text.rstrip("U"), 0) for name, text in defines.items()}
     lanes = [name.removesuffix("_LANE") for name in values if name.endswith("_LANE")]
     assert len(lanes) >= 3
