@@ -1,0 +1,178 @@
+"""Reading mount tables: /proc/PID/mountinfo of this process and of every mount namespace.
+
+Format: Documentation/filesystems/proc.rst, section 3.5. Fields that may hold spaces are escaped
+in octal. Nothing here changes anything, and nothing waits for a FUSE server.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_ESCAPE = re.compile(rb"\\([0-7]{3})")
+_BEFORE_OPTIONAL = 6
+_AFTER_SEPARATOR = 3
+_NO_DEVICE_NUMBER = frozenset({"btrfs"})
+"""Filesystems that show an anonymous number in place of their block device's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MountEntry:
+    """One line of a mount table.
+
+    Attributes:
+        device: device number of the superblock (for ext4 and xfs, of the block device).
+        root: what of the filesystem is visible; "/" for all of it.
+        mount_point: as seen from the root directory of the process whose table it is.
+        options: of this mount; ``super_options``: of the filesystem.
+        source: what was mounted, as the filesystem gives it.
+    """
+
+    mount_id: int
+    parent_id: int
+    device: int
+    root: str
+    mount_point: str
+    options: str
+    optional: tuple[str, ...]
+    fstype: str
+    source: str
+    super_options: str
+
+    @property
+    def read_only(self) -> bool:
+        """Whether nothing can be written through this mount."""
+        return "ro" in self.options.split(",") or "ro" in self.super_options.split(",")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamespaceMount:
+    """A mount and one process that sees it.
+
+    Attributes:
+        pid: a process in that mount namespace.
+        namespace: inode of the namespace; ``foreign`` if it isn't the caller's own.
+    """
+
+    entry: MountEntry
+    pid: int
+    namespace: int
+    foreign: bool
+
+    @property
+    def reachable_path(self) -> str:
+        """A path that leads there from this process, through /proc if need be."""
+        if not self.foreign:
+            return self.entry.mount_point
+        return f"/proc/{self.pid}/root{self.entry.mount_point}"
+
+    def describe(self) -> str:
+        """Where it is, for people."""
+        if not self.foreign:
+            return f"mounted on {self.entry.mount_point}"
+        return f"mounted on {self.entry.mount_point} in the namespace of process {self.pid}"
+
+
+def unescape(field: bytes) -> str:
+    """A field of a mount table as it was before the kernel escaped it."""
+    return os.fsdecode(_ESCAPE.sub(lambda match: bytes((int(match[1], 8) & 0xFF,)), field))
+
+
+def parse_mountinfo(table: bytes) -> list[MountEntry]:
+    """The entries of a table, in its order; lines that are no entry are passed over."""
+    entries = []
+    for line in table.split(b"\n"):
+        fields = line.split(b" ")
+        try:
+            separator = fields.index(b"-", _BEFORE_OPTIONAL)
+        except ValueError:
+            continue
+        tail = fields[separator + 1 :]
+        if len(tail) < _AFTER_SEPARATOR:
+            continue
+        major, _, minor = fields[2].partition(b":")
+        entries.append(
+            MountEntry(
+                mount_id=int(fields[0]),
+                parent_id=int(fields[1]),
+                device=os.makedev(int(major), int(minor)),
+                root=unescape(fields[3]),
+                mount_point=unescape(fields[4]),
+                options=fields[5].decode(errors="replace"),
+                optional=tuple(field.decode(errors="replace") for field in fields[6:separator]),
+                fstype=unescape(tail[0]),
+                source=unescape(tail[1]),
+                super_options=unescape(tail[2]),
+            )
+        )
+    return entries
+
+
+def own_mounts() -> list[MountEntry]:
+    """The mounts that this process sees."""
+    return parse_mountinfo(Path("/proc/self/mountinfo").read_bytes())
+
+
+def mount_at(target: str) -> MountEntry | None:
+    """The topmost mount whose mount point is ``target``, or None; symbolic links are followed.
+
+    What is mounted there isn't touched, so the mount of a hung server can be asked for.
+    """
+    absolute = os.path.abspath(target)
+    parent, name = os.path.split(absolute)
+    by_point = {entry.mount_point: entry for entry in own_mounts()}
+    found = by_point.get(os.path.join(os.path.realpath(parent), name) if name else absolute)
+    return found or by_point.get(os.path.realpath(target))
+
+
+def process_ids() -> list[int]:
+    """Every process this one can see, itself first."""
+    own = os.getpid()
+    others = (int(name) for name in os.listdir("/proc") if name.isdigit())
+    return [own, *(pid for pid in others if pid != own)]
+
+
+def namespaces() -> Iterator[tuple[int, int]]:
+    """Each mount namespace once: its inode and a process in it, the caller's own first.
+
+    A namespace that no process is in (kept by a bind mount or a descriptor) isn't seen, and
+    neither are those of processes whose namespaces this user may not read.
+    """
+    seen: set[int] = set()
+    for pid in process_ids():
+        try:
+            inode = os.stat(f"/proc/{pid}/ns/mnt").st_ino
+        except OSError:
+            continue
+        if inode not in seen:
+            seen.add(inode)
+            yield inode, pid
+
+
+def mounts_of_device(device: int, *, source: str | None = None) -> list[NamespaceMount]:
+    """Every mount of a block device in every mount namespace, the caller's own first.
+
+    Args:
+        device: its device number.
+        source: its path; only for filesystems that hide the number (btrfs).
+    """
+    own = os.stat("/proc/self/ns/mnt").st_ino
+    found = []
+    for inode, pid in namespaces():
+        try:
+            table = Path(f"/proc/{pid}/mountinfo").read_bytes()
+        except OSError:
+            continue  # ended meanwhile
+        for entry in parse_mountinfo(table):
+            hidden = entry.fstype in _NO_DEVICE_NUMBER and entry.source == source
+            if entry.device == device or hidden:
+                found.append(
+                    NamespaceMount(entry=entry, pid=pid, namespace=inode, foreign=inode != own)
+                )
+    return found
