@@ -55,7 +55,7 @@ sys.exit(sys.version_info < (3, 11) or not os.path.exists(headers))' 2>/dev/null
 }
 
 setup_pip() {
-	"$VENV/bin/python" -m pip install -q --disable-pip-version-check "$@"
+	"$VENV/bin/python" -m pip install -qq --disable-pip-version-check "$@"
 }
 
 setup_python() {
