@@ -1,0 +1,510 @@
+"""The catalogue of one pool, in SQLite: names, kinds, lineage, sizes, seals, intents.
+
+One process holds it at a time: the pool's server. Everything durable about a volume but its
+mappings stands here, sizes included, which the pool's metadata does not know.
+
+Invariants:
+- At most one intent is open. It is written before the pool is changed and goes in the same
+  transaction as its result is written, so the pool's transaction id says which side of the change
+  a crash fell on.
+- ``name`` is unique; what is being built or removed has a name that nobody can type.
+- Every write is one transaction, durable on return (WAL with synchronous=FULL).
+
+Thread-safe: one connection behind one lock.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Final, Self, cast
+
+from thinpool import errors
+from thinpool.engine import VOLUME_ID_MAX, Change, ChangeKind
+from thinpool.model import Consistency, Kind, VolumeId
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+    from types import TracebackType
+
+VERSION: Final = 1
+REQUEST_AGE_S: Final = 600.0
+
+READY: Final = "ready"
+BUILDING: Final = "building"
+DELETING: Final = "deleting"
+MISSING: Final = "missing"
+
+_TABLES: Final = """
+CREATE TABLE meta (
+    key TEXT PRIMARY KEY,
+    value TEXT NOT NULL
+) STRICT;
+CREATE TABLE volumes (
+    id INTEGER PRIMARY KEY CHECK (id BETWEEN 0 AND 16777215),
+    name TEXT NOT NULL UNIQUE,
+    kind TEXT NOT NULL CHECK (kind IN ('base', 'image', 'container', 'volume')),
+    parent INTEGER REFERENCES volumes (id) ON DELETE SET NULL,
+    size INTEGER NOT NULL CHECK (size > 0 AND size % 512 = 0),
+    read_only INTEGER NOT NULL,
+    created TEXT NOT NULL,
+    filesystem TEXT,
+    consistency TEXT,
+    labels TEXT NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('ready', 'building', 'deleting', 'missing')),
+    lease TEXT
+) STRICT;
+CREATE INDEX volumes_by_parent ON volumes (parent);
+CREATE INDEX volumes_by_state ON volumes (state) WHERE state <> 'ready';
+CREATE TABLE activations (
+    id INTEGER PRIMARY KEY REFERENCES volumes (id) ON DELETE RESTRICT,
+    read_only INTEGER NOT NULL,
+    generation INTEGER NOT NULL,
+    loop INTEGER,
+    sequence INTEGER,
+    by_mount INTEGER NOT NULL,
+    settings TEXT NOT NULL
+) STRICT;
+CREATE TABLE intents (
+    one INTEGER PRIMARY KEY CHECK (one = 1),
+    operation TEXT NOT NULL,
+    expected INTEGER NOT NULL,
+    new INTEGER NOT NULL,
+    changes TEXT NOT NULL,
+    result TEXT NOT NULL
+) STRICT;
+CREATE TABLE requests (
+    request TEXT PRIMARY KEY,
+    operation TEXT NOT NULL,
+    ids TEXT NOT NULL,
+    made REAL NOT NULL
+) STRICT;
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """A row of volumes."""
+
+    id: VolumeId
+    name: str
+    kind: Kind
+    parent: VolumeId | None
+    size: int
+    read_only: bool
+    created: str
+    filesystem: str | None = None
+    consistency: Consistency | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+    state: str = READY
+    lease: str | None = None
+
+    def row(self) -> dict[str, Any]:
+        """As SQLite takes it, and as an intent keeps it."""
+        return {
+            "id": self.id,
+            "name": self.name,
+            "kind": self.kind,
+            "parent": self.parent,
+            "size": self.size,
+            "read_only": int(self.read_only),
+            "created": self.created,
+            "filesystem": self.filesystem,
+            "consistency": self.consistency,
+            "labels": json.dumps(self.labels, sort_keys=True),
+            "state": self.state,
+            "lease": self.lease,
+        }
+
+
+def _record(row: sqlite3.Row | dict[str, Any]) -> Record:
+    return Record(
+        id=VolumeId(row["id"]),
+        name=row["name"],
+        kind=row["kind"],
+        parent=VolumeId(row["parent"]) if row["parent"] is not None else None,
+        size=row["size"],
+        read_only=bool(row["read_only"]),
+        created=row["created"],
+        filesystem=row["filesystem"],
+        consistency=row["consistency"],
+        labels=json.loads(row["labels"]),
+        state=row["state"],
+        lease=row["lease"],
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationRecord:
+    """A row of activations: what a successor of the server has to bring back.
+
+    Attributes:
+        id: of the volume.
+        read_only: so activated.
+        generation: differs between activations of one volume.
+        loop: number of its loop device.
+        sequence: of that disk.
+        by_mount: mount activated it, so the last umount deactivates it.
+        settings: owner and mode of the device node.
+    """
+
+    id: VolumeId
+    read_only: bool
+    generation: int
+    loop: int | None
+    sequence: int | None
+    by_mount: bool
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Intent:
+    """A change of the pool that was decided.
+
+    Attributes:
+        operation: its name.
+        expected: the pool's transaction id before.
+        new: the id after.
+        changes: what is applied to the pool.
+        insert: rows to write when it was.
+        delete: ids of rows to delete when it was.
+        request: the client's id of the request, for one that asks again.
+    """
+
+    operation: str
+    expected: int
+    new: int
+    changes: tuple[Change, ...]
+    insert: tuple[Record, ...] = ()
+    delete: tuple[VolumeId, ...] = ()
+    request: str | None = None
+
+
+class Catalogue:
+    """One pool's catalogue. Thread-safe."""
+
+    def __init__(self, path: Path | str) -> None:
+        """Open it, or make it.
+
+        Raises:
+            CorruptMetadataError: the file is no catalogue, or is damaged.
+            UnsupportedFormatError: a later program made it.
+        """
+        self.path = str(path)
+        self._lock = threading.RLock()
+        self._depth = 0
+        try:
+            self._db = sqlite3.connect(
+                self.path, isolation_level=None, check_same_thread=False, timeout=10.0
+            )
+            self._db.row_factory = sqlite3.Row
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.execute("PRAGMA foreign_keys = ON")
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0:
+                self.is_new = True
+                self._db.executescript(
+                    f"BEGIN IMMEDIATE;{_TABLES}PRAGMA user_version = {VERSION};COMMIT;"
+                )
+            elif version > VERSION:
+                raise errors.UnsupportedFormatError(
+                    f"{self.path} was made by a later version of thinpool: "
+                    f"its schema is {version}, this program knows {VERSION}",
+                    path=self.path,
+                    found=version,
+                    wanted=VERSION,
+                )
+            else:
+                self.is_new = False
+        except sqlite3.Error as cause:
+            raise errors.CorruptMetadataError(
+                f"the catalogue {self.path} cannot be used: {cause}; move it away, and "
+                "thinpool rebuilds it from the pool and the copy of the names beside it",
+                path=self.path,
+            ) from cause
+
+    # ---- transactions -----------------------------------------------------------------------
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """One transaction, durable at its end; rolled back by an exception. Nests."""
+        with self._lock:
+            if self._depth:
+                self._depth += 1
+                try:
+                    yield self._db
+                finally:
+                    self._depth -= 1
+                return
+            self._db.execute("BEGIN IMMEDIATE")
+            self._depth = 1
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            else:
+                self._db.execute("COMMIT")
+            finally:
+                self._depth = 0
+
+    def _rows(self, sql: str, values: Sequence[object] = ()) -> list[sqlite3.Row]:
+        with self._lock:
+            return self._db.execute(sql, values).fetchall()
+
+    # ---- meta -------------------------------------------------------------------------------
+
+    def get(self, key: str) -> str | None:
+        """A value of the meta table."""
+        rows = self._rows("SELECT value FROM meta WHERE key = ?", (key,))
+        return cast("str", rows[0]["value"]) if rows else None
+
+    def put(self, key: str, value: str) -> None:
+        """Set one."""
+        with self.transaction() as db:
+            db.execute(
+                "INSERT INTO meta VALUES (?, ?) "
+                "ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+                (key, value),
+            )
+
+    # ---- volumes ----------------------------------------------------------------------------
+
+    def find(self, name: str) -> Record | None:
+        """By name, whatever its state."""
+        rows = self._rows("SELECT * FROM volumes WHERE name = ?", (name,))
+        return _record(rows[0]) if rows else None
+
+    def by_id(self, volume_id: int) -> Record | None:
+        """By id."""
+        rows = self._rows("SELECT * FROM volumes WHERE id = ?", (volume_id,))
+        return _record(rows[0]) if rows else None
+
+    def records(self, *states: str) -> list[Record]:
+        """All of some states (of all states when none is given), in the order of their ids."""
+        found = [_record(row) for row in self._rows("SELECT * FROM volumes ORDER BY id")]
+        return [record for record in found if not states or record.state in states]
+
+    def by_label(self, key: str, value: str) -> list[Record]:
+        """Ready ones with a label."""
+        rows = self._rows(
+            "SELECT volumes.* FROM volumes, json_each(volumes.labels) AS label "
+            "WHERE label.key = ? AND label.value = ? AND state = 'ready' ORDER BY id",
+            (key, value),
+        )
+        return [_record(row) for row in rows]
+
+    def by_lease(self, lease: str) -> list[Record]:
+        """What is being built under a lease, youngest first."""
+        rows = self._rows("SELECT * FROM volumes WHERE lease = ? ORDER BY id DESC", (lease,))
+        return [_record(row) for row in rows]
+
+    def insert(self, record: Record) -> None:
+        """Add a row."""
+        row = record.row()
+        columns = ", ".join(row)
+        places = ", ".join(f":{name}" for name in row)
+        with self.transaction() as db:
+            db.execute(f"INSERT INTO volumes ({columns}) VALUES ({places})", row)  # noqa: S608 - names of our own
+
+    def update(self, record: Record, **values: Any) -> Record:  # noqa: ANN401 - each column's own type
+        """Change a row; the new record."""
+        changed = replace(record, **values)
+        row = changed.row()
+        assignments = ", ".join(f"{name} = :{name}" for name in row if name != "id")
+        with self.transaction() as db:
+            db.execute(f"UPDATE volumes SET {assignments} WHERE id = :id", row)  # noqa: S608 - as above
+        return changed
+
+    def delete(self, volume_id: int) -> None:
+        """Drop a row; its children have no parent then."""
+        with self.transaction() as db:
+            db.execute("DELETE FROM volumes WHERE id = ?", (volume_id,))
+
+    def free_id(self, *, taken: frozenset[int] = frozenset()) -> VolumeId:
+        """An id that no row has: the next after the last one given, wrapping around.
+
+        Args:
+            taken: ids that the pool has though the catalogue does not.
+
+        Raises:
+            LimitError: all 2^24 are in use.
+        """
+        start = int(self.get("next_id") or 0)
+        with self._lock:
+            for candidate in (*self._gap(start, taken), *self._gap(0, taken)):
+                return VolumeId(candidate)
+        raise errors.LimitError("all 16777216 device ids of the pool are in use")
+
+    def _gap(self, start: int, taken: frozenset[int]) -> list[int]:
+        """The first free id from start on, as a list of one or none."""
+        candidate = start
+        for row in self._db.execute("SELECT id FROM volumes WHERE id >= ? ORDER BY id", (start,)):
+            while candidate < row["id"] and candidate in taken:
+                candidate += 1
+            if candidate < row["id"]:
+                return [candidate]
+            candidate = row["id"] + 1
+        while candidate in taken:
+            candidate += 1
+        return [candidate] if candidate <= VOLUME_ID_MAX else []
+
+    # ---- activations ------------------------------------------------------------------------
+
+    def activations(self) -> list[ActivationRecord]:
+        """All of them."""
+        return [_activation(row) for row in self._rows("SELECT * FROM activations ORDER BY id")]
+
+    def activation(self, volume_id: int) -> ActivationRecord | None:
+        """One volume's."""
+        rows = self._rows("SELECT * FROM activations WHERE id = ?", (volume_id,))
+        return _activation(rows[0]) if rows else None
+
+    def put_activation(self, record: ActivationRecord) -> None:
+        """Add or replace one."""
+        with self.transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO activations VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (
+                    record.id,
+                    int(record.read_only),
+                    record.generation,
+                    record.loop,
+                    record.sequence,
+                    int(record.by_mount),
+                    json.dumps(record.settings),
+                ),
+            )
+
+    def delete_activation(self, volume_id: int) -> None:
+        """Drop one."""
+        with self.transaction() as db:
+            db.execute("DELETE FROM activations WHERE id = ?", (volume_id,))
+
+    def next_generation(self) -> int:
+        """A number that no activation had before."""
+        with self.transaction():
+            number = int(self.get("generation") or 0) + 1
+            self.put("generation", str(number))
+            return number
+
+    # ---- intents ----------------------------------------------------------------------------
+
+    def intent(self) -> Intent | None:
+        """The open one."""
+        rows = self._rows("SELECT * FROM intents")
+        if not rows:
+            return None
+        row = rows[0]
+        result = json.loads(row["result"])
+        return Intent(
+            operation=row["operation"],
+            expected=row["expected"],
+            new=row["new"],
+            changes=tuple(
+                Change(kind=ChangeKind(kind), id=VolumeId(volume_id), origin=origin)
+                for kind, volume_id, origin in json.loads(row["changes"])
+            ),
+            insert=tuple(_record(each) for each in result["insert"]),
+            delete=tuple(VolumeId(each) for each in result["delete"]),
+            request=result["request"],
+        )
+
+    def write_intent(self, intent: Intent) -> None:
+        """Record what is about to be done to the pool."""
+        changes = [(int(change.kind), change.id, change.origin) for change in intent.changes]
+        result = {
+            "insert": [record.row() for record in intent.insert],
+            "delete": list(intent.delete),
+            "request": intent.request,
+        }
+        with self.transaction() as db:
+            db.execute(
+                "INSERT INTO intents VALUES (1, ?, ?, ?, ?, ?)",
+                (
+                    intent.operation,
+                    intent.expected,
+                    intent.new,
+                    json.dumps(changes),
+                    json.dumps(result),
+                ),
+            )
+
+    def complete_intent(self, intent: Intent) -> None:
+        """Record that it was done, with its result, in one transaction."""
+        with self.transaction() as db:
+            for volume_id in intent.delete:
+                self.delete(volume_id)
+            for record in intent.insert:
+                parent = record.parent
+                if parent is not None and self.by_id(parent) is None:
+                    parent = None
+                self.insert(replace(record, parent=parent))
+            if intent.insert:
+                self.put("next_id", str(intent.insert[-1].id + 1))
+            if intent.request is not None:
+                self.put_request(
+                    intent.request, intent.operation, [record.id for record in intent.insert]
+                )
+            self.put("transaction_id", str(intent.new))
+            db.execute("DELETE FROM intents")
+
+    def drop_intent(self) -> None:
+        """Record that it was not done."""
+        with self.transaction() as db:
+            db.execute("DELETE FROM intents")
+
+    # ---- requests ---------------------------------------------------------------------------
+
+    def put_request(self, request: str, operation: str, ids: Sequence[int]) -> None:
+        """Remember that a request was done, and which volumes came of it."""
+        now = time.time()
+        with self.transaction() as db:
+            db.execute("DELETE FROM requests WHERE made < ?", (now - REQUEST_AGE_S,))
+            db.execute(
+                "INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?)",
+                (request, operation, json.dumps(list(ids)), now),
+            )
+
+    def request(self, request: str) -> list[VolumeId] | None:
+        """The volumes that came of a request; None when it was not done."""
+        rows = self._rows("SELECT ids FROM requests WHERE request = ?", (request,))
+        return [VolumeId(each) for each in json.loads(rows[0]["ids"])] if rows else None
+
+    # ---- closing ----------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Let go."""
+        with self._lock:
+            self._db.close()
+
+    def __enter__(self) -> Self:
+        """The catalogue itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()
+
+
+def _activation(row: sqlite3.Row) -> ActivationRecord:
+    return ActivationRecord(
+        id=VolumeId(row["id"]),
+        read_only=bool(row["read_only"]),
+        generation=row["generation"],
+        loop=row["loop"],
+        sequence=row["sequence"],
+        by_mount=bool(row["by_mount"]),
+        settings=json.loads(row["settings"]),
+    )

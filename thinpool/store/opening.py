@@ -1,0 +1,125 @@
+"""Opening a pool's devices and its engine as pool.json says. For its server, and offline tools."""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from thinpool import errors
+from thinpool.engine import BlockDevice, DiscardMode, Pool, PoolOptions
+
+if TYPE_CHECKING:
+    import mmap
+    from types import TracebackType
+
+    from thinpool.store.poolfile import PoolConfig
+
+
+@dataclass(slots=True)
+class OpenPool:
+    """A pool and the two devices under it, closed together."""
+
+    pool: Pool
+    metadata: BlockDevice
+    data: BlockDevice
+
+    def close(self) -> None:
+        """Commit, and close all three."""
+        try:
+            self.pool.close()
+        finally:
+            if self.pool.closed:
+                self.data.close()
+                self.metadata.close()
+
+    def __enter__(self) -> Self:
+        """This."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()
+
+
+def pool_options(config: PoolConfig, *, data_size: int) -> PoolOptions:
+    """How the engine opens a pool."""
+    return PoolOptions(
+        zero=config.zero,
+        error_if_no_space=config.when_full == "error",
+        no_space_timeout_ms=config.no_space_timeout_ms,
+        discard_mode=DiscardMode.PASSDOWN,
+        read_only=config.read_only,
+        low_water_blocks=config.low_water_bytes(data_size) // config.block_size,
+    )
+
+
+def open_pool(
+    config: PoolConfig,
+    *,
+    redo_memory: mmap.mmap | None = None,
+    exclusive: bool = False,
+) -> OpenPool:
+    """Open a pool.
+
+    Args:
+        config: pool.json.
+        redo_memory: shared memory of the redo log; None for an open without a successor.
+        exclusive: lock the metadata here; the server's supervisor has done so already.
+
+    Raises:
+        NotFoundError: a file or device is gone.
+        BusyError: somebody else has it.
+        CorruptMetadataError: it is no pool, or a damaged one.
+    """
+    for path in (config.metadata, config.data):
+        if not os.path.exists(path):  # noqa: PTH110 - the path is a string here
+            raise errors.NotFoundError(
+                f"pool {config.name}: {path} is gone; bring it back, or forget the pool with "
+                f"'thinpool detach-pool {config.name}'",
+                pool=config.name,
+                path=path,
+            )
+    with ExitStack() as stack:
+        metadata = stack.enter_context(
+            BlockDevice.open_file(config.metadata, read_only=config.read_only, exclusive=exclusive)
+        )
+        data = stack.enter_context(
+            BlockDevice.open_file(
+                config.data,
+                read_only=config.read_only,
+                direct=can_be_direct(config.data),
+                shared_lock=redo_memory is not None,
+            )
+        )
+        pool = stack.enter_context(
+            Pool.open(
+                metadata,
+                data,
+                pool_options(config, data_size=data.size),
+                redo_memory=redo_memory,
+            )
+        )
+        stack.pop_all()
+    return OpenPool(pool=pool, metadata=metadata, data=data)
+
+
+def can_be_direct(path: str) -> bool:
+    """The host takes O_DIRECT here; tmpfs and some network filesystems do not."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
+def is_block_device(path: str) -> bool:
+    """Rather than a file."""
+    return stat.S_ISBLK(os.stat(path).st_mode)  # noqa: PTH116 - the path is a string here
