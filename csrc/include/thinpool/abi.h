@@ -94,15 +94,19 @@ int tp_crc32c_with(const char *implementation, uint32_t crc, const void *data, s
 
 /* cffi: end */
 
-/* cffi: off */
+/* cffi: begin */
 /* ---- allocator --------------------------------------------------------------------------- */
 
+/*
+ * A block is allocatable, used, or pending: freed since the last commit, which still refers to it.
+ * Not thread-safe: the caller serialises. Nothing here blocks. On failure nothing has changed.
+ */
 struct tp_allocator;
 
-/* All blocks free. NULL when out of memory. Not thread-safe: the caller serialises. */
+/* All blocks allocatable. NULL when out of memory or nr_blocks is past the format's 2^40. */
 struct tp_allocator *tp_allocator_create(uint64_t nr_blocks);
 void tp_allocator_destroy(struct tp_allocator *allocator);
-/* Growth adds free blocks; shrinking is TP_E_INVALID. */
+/* Growth adds allocatable blocks; shrinking is TP_E_INVALID. TP_E_NO_MEMORY. */
 int tp_allocator_resize(struct tp_allocator *allocator, uint64_t nr_blocks);
 uint64_t tp_allocator_nr_blocks(const struct tp_allocator *allocator);
 /* Blocks that can be allocated now. */
@@ -111,28 +115,33 @@ uint64_t tp_allocator_nr_free(const struct tp_allocator *allocator);
 uint64_t tp_allocator_nr_pending(const struct tp_allocator *allocator);
 /* One block, next-fit with wrap-around; TP_E_DATA_SPACE when none is allocatable. */
 int tp_allocator_alloc(struct tp_allocator *allocator, uint64_t *block_ret);
-/* A run of neighbours: as long as can be had up to `want` (>= 1) and at least 1 block. */
+/* A run of neighbours, at least 1 and up to `want` (>= 1) blocks: the first of `want` among the
+ * next free stretches, else one out of an aligned free stretch of 64 or more wherever there is one
+ * (so that a `want` up to 64 is got whole then), else the longest seen. TP_E_DATA_SPACE as above. */
 int tp_allocator_alloc_run(struct tp_allocator *allocator, uint64_t want, uint64_t *begin_ret,
 			   uint64_t *length_ret);
-/* Up to count single blocks in one call; *count_ret says how many were got (0 is TP_E_DATA_SPACE). */
+/* Up to count single blocks in one call; *count_ret says how many were got: fewer when space ends,
+ * and none (of a count that is not 0) is TP_E_DATA_SPACE. */
 int tp_allocator_alloc_batch(struct tp_allocator *allocator, size_t count, uint64_t *blocks,
 			     size_t *count_ret);
-/* Take a given run if every block of it is allocatable, else TP_E_BUSY and nothing changes. */
+/* Use a given run if every block of it is allocatable, else TP_E_BUSY; TP_E_OUT_OF_RANGE. */
 int tp_allocator_take(struct tp_allocator *allocator, uint64_t begin, uint64_t length);
-/* Give back: used blocks become pending until tp_allocator_commit. Freeing what is not used is TP_E_INVALID. */
+/* Used blocks become pending until tp_allocator_commit. Freeing what is not used (in a batch: or
+ * twice) is TP_E_INVALID, past the end TP_E_OUT_OF_RANGE. */
 int tp_allocator_free(struct tp_allocator *allocator, uint64_t begin, uint64_t length);
 int tp_allocator_free_batch(struct tp_allocator *allocator, const uint64_t *blocks, size_t count);
-/* Give back at once what the committed metadata never referred to (a taken or just allocated block). */
+/* Used blocks become allocatable at once: only for what the last commit does not refer to (taken or
+ * allocated since). Statuses as tp_allocator_free. */
 int tp_allocator_untake(struct tp_allocator *allocator, uint64_t begin, uint64_t length);
-/* Everything freed so far becomes allocatable. */
+/* Everything freed so far becomes allocatable. Costs by the blocks freed, not by the size. */
 void tp_allocator_commit(struct tp_allocator *allocator);
-/* 1 when allocatable, 0 when used or pending. */
+/* 1 when allocatable; 0 when used, pending or past the end. */
 int tp_allocator_is_free(const struct tp_allocator *allocator, uint64_t block);
 /* First run of allocatable blocks at or after `begin`: TP_E_KEY_NOT_FOUND when there is none. */
 int tp_allocator_next_free_run(const struct tp_allocator *allocator, uint64_t begin,
 			       uint64_t *begin_ret, uint64_t *length_ret);
 
-/* cffi: off-end */
+/* cffi: end */
 
 /* cffi: begin */
 /* ---- block devices ------------------------------------------------------------------------ */
