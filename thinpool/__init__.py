@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from thinpool.api import Thinpool
 
-__all__ = ["Thinpool"]
+__all__ = ["Thinpool", "__version__"]
+
+# Also in meson.build and pyproject.toml; a test keeps them equal. Not read from the installed
+# package's metadata: that takes longer than all else that --version does.
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
