@@ -269,9 +269,9 @@ def leaks(token: str, folders: list[Path]) -> list[str]:
 def _clean_up(token: str, folders: list[Path]) -> None:
     """Take down what was left, so that one leak does not spoil the next session."""
     for target in reversed(_mounts_under(folders)):
-        subprocess.run(["umount", "-l", target], check=False)  # noqa: S607
+        subprocess.run(["umount", "-l", target], check=False)
     for device in _loops_over(folders):
-        subprocess.run(["losetup", "-d", device], check=False)  # noqa: S607
+        subprocess.run(["losetup", "-d", device], check=False)
     for pid in _own_processes(token):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
