@@ -385,4 +385,77 @@ int tp_volume_lookup(struct tp_volume *volume, uint64_t block, uint64_t *data_bl
 
 /* cffi: off-end */
 
+/* cffi: begin */
+/* ---- FUSE server ------------------------------------------------------------------------------ */
+
+/*
+ * Serves volumes as files on a FUSE connection that somebody else opened, mounted and keeps. The
+ * request slots lie in shared memory: a server made later on the same descriptors and the same
+ * memory answers what its predecessor had read and not answered.
+ */
+struct tp_fuse_server;
+struct tp_pool;
+struct tp_volume;
+
+struct tp_fuse_options {
+	uint32_t write_threads;		/* for what may block; 0 = 8 */
+	uint32_t read_threads;		/* 0 = 4 */
+	uint32_t zero_threads;		/* 0 = 2 */
+	uint32_t flush_threads;		/* 0 = 2 */
+	uint32_t max_background;	/* requests that the kernel sends at once; 0 = 3/4 of the slots */
+	uint32_t trim_ms;		/* idle time before memory is given back; 0 = 1000 */
+	uint32_t block_size;		/* what statfs reports where there is no pool; 0 = 64 KiB */
+	uint32_t no_io_uring;		/* every request goes to the blocking threads */
+};
+
+struct tp_fuse_statistics {
+	uint64_t requests;	/* read from the kernel */
+	uint64_t fast;		/* reads and writes that never blocked */
+	uint64_t slow;		/* requests handed to blocking threads */
+	uint64_t retried;	/* asynchronous I/O that failed and was repeated there */
+	uint64_t replays;	/* open requests of a dead predecessor that were done or answered */
+	uint64_t flushes;	/* asked for */
+	uint64_t flush_calls;	/* made, each for everyone who waited */
+	uint64_t errors;	/* reads, writes and the like answered with an error */
+	uint64_t lost_replies;	/* answered, but the kernel no longer knew the request */
+	uint64_t read_bytes;
+	uint64_t written_bytes;
+	uint64_t zeroed_bytes;
+	uint64_t in_flight;
+	uint64_t files;
+};
+
+/* Bytes of shared memory for so many requests at once (1 to 4096). */
+size_t tp_fuse_slots_size(uint32_t nr_slots);
+/* One data thread for each of fuse_fds (1 to 16), which stay the caller's. slots_fd is a memfd of
+ * slots_size bytes; it is mapped here. pool may be NULL: then only linear files can be added. */
+int tp_fuse_server_create(struct tp_pool *pool, const int *fuse_fds, uint32_t nr_fds,
+			  int slots_fd, size_t slots_size, const struct tp_fuse_options *options,
+			  struct tp_fuse_server **server_ret, struct tp_error *err);
+/* Not while it runs. Files still there are dropped; volumes stay the caller's. Takes NULL. */
+void tp_fuse_server_destroy(struct tp_fuse_server *server);
+/* A raw file as it is, without a pool: the null target that the data path is compared with. */
+int tp_fuse_server_add_linear(struct tp_fuse_server *server, uint32_t id, const char *path,
+			      uint32_t read_only, uint64_t generation, struct tp_error *err);
+/* The file vanishes for new requests; returns when those that it had are answered. May block. */
+int tp_fuse_server_remove_file(struct tp_fuse_server *server, uint32_t id, struct tp_error *err);
+/* Answers open requests of a predecessor, then serves until tp_fuse_server_stop (0) or until the
+ * kernel ends the connection (TP_E_CLOSED). Files active before must have been added before. */
+int tp_fuse_server_run(struct tp_fuse_server *server, struct tp_error *err);
+/* From any thread, once or more: no further request is read; those read are answered. */
+void tp_fuse_server_stop(struct tp_fuse_server *server);
+void tp_fuse_server_get_statistics(struct tp_fuse_server *server,
+				   struct tp_fuse_statistics *statistics_ret);
+
+/* cffi: end */
+
+/* cffi: off */
+
+/* `id-N`, N the volume's id. The volume stays open until tp_fuse_server_remove_file returned.
+ * generation differs between activations: a handle of an earlier one is refused (ESTALE). */
+int tp_fuse_server_add_file(struct tp_fuse_server *server, struct tp_volume *volume,
+			    uint32_t read_only, uint64_t generation, struct tp_error *err);
+
+/* cffi: off-end */
+
 #endif
