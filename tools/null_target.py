@@ -1,0 +1,58 @@
+"""Serve a raw file through the FUSE server with the mapping layer taken out, until it is killed.
+
+What a pool's volume costs is measured against this: python tools/null_target.py FILE MOUNTPOINT
+makes MOUNTPOINT/id-1. It says "ready" on standard output, ends on SIGTERM or SIGINT and unmounts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+from thinpool.host import mounts
+from thinpool.server.fuse_mount import open_connection
+from thinpool.server.fuse_server import FuseOptions, FuseServer, slots_size
+
+
+def main() -> None:
+    """Mount, serve, unmount."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("mount_point", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-io-uring", action="store_true")
+    arguments = parser.parse_args()
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    connection = open_connection(
+        arguments.mount_point.resolve(), source="null", descriptors=arguments.threads
+    )
+    memory = os.memfd_create("slots")
+    os.ftruncate(memory, slots_size())
+    with FuseServer(
+        None,
+        fuse_fds=connection.fds,
+        slots_fd=memory,
+        slots_bytes=slots_size(),
+        options=FuseOptions(io_uring=not arguments.no_io_uring),
+    ) as server:
+        server.add_linear(1, arguments.file)
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        print("ready", flush=True)
+        signal.sigwait({signal.SIGTERM, signal.SIGINT})
+        mounts.unmount(connection.mount_point, lazy=True)
+        server.stop()
+        thread.join()
+        counters = server.statistics()
+        print(json.dumps({name: getattr(counters, name) for name in counters.__slots__}))
+    for fd in connection.fds:
+        os.close(fd)
+
+
+if __name__ == "__main__":
+    main()
