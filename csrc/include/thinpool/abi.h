@@ -233,7 +233,7 @@ int tp_bdev_log_mark(struct tp_bdev *log, uint64_t number);
 
 /* cffi: off-end */
 
-/* cffi: off */
+/* cffi: begin */
 /* ---- pool ---------------------------------------------------------------------------------- */
 
 struct tp_pool;
@@ -350,9 +350,9 @@ int tp_pool_list_volumes(struct tp_pool *pool, uint32_t first_id, struct tp_volu
 int tp_pool_get_volume_info(struct tp_pool *pool, uint32_t id, struct tp_volume_info *info_ret,
 			    struct tp_error *err);
 
-/* cffi: off-end */
+/* cffi: end */
 
-/* cffi: off */
+/* cffi: begin */
 /* ---- volumes -------------------------------------------------------------------------------- */
 
 /* size in bytes, a multiple of 512; kept by the caller, not on disk. Opening twice is TP_E_VOLUME_BUSY. */
@@ -383,7 +383,7 @@ int tp_volume_next_data(struct tp_volume *volume, uint64_t offset, uint64_t *beg
 int tp_volume_lookup(struct tp_volume *volume, uint64_t block, uint64_t *data_block_ret,
 		     uint32_t *shared_ret, struct tp_error *err);
 
-/* cffi: off-end */
+/* cffi: end */
 
 /* cffi: begin */
 /* ---- FUSE server ------------------------------------------------------------------------------ */

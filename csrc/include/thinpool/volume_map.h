@@ -28,6 +28,8 @@ struct tp_map_extent {
 struct tp_map {
 	uint32_t nr_extents;
 	uint32_t nr_locks;
+	uint32_t gate_slot;	/* the volume's business, as locks is */
+	uint32_t write;
 	struct tp_map_extent extents[TP_MAP_MAX];
 	uint32_t locks[TP_MAP_MAX];
 };

@@ -1,0 +1,657 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The blocking data path: one block of a volume at a time, under that block's lock.
+ *
+ *   read         shared lock; unmapped is zeros
+ *   overwrite    shared lock; mapped and not shared
+ *   provision    exclusive lock; reserve, write, insert the mapping
+ *   break        exclusive lock; reserve, copy and overlay, insert the mapping
+ *   unmap        exclusive lock; remove the mapping
+ *
+ * Data is written before the mapping that refers to it exists, and flushed before that mapping is
+ * committed, so no crash shows a block's former contents.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "pool_private.h"
+
+#define COPY_BYTES (UINT32_C(1) << 20)
+#define IO_BUFFER_ALIGN 4096u
+
+struct span {			/* a part of one volume block */
+	uint64_t block;
+	uint32_t within;	/* bytes */
+	uint32_t length;
+};
+
+static struct span span_at(const struct tp_pool *pool, uint64_t offset, uint64_t left)
+{
+	struct span s = { offset / pool->block_size, (uint32_t)(offset % pool->block_size), 0 };
+	uint64_t room = pool->block_size - s.within;
+
+	s.length = (uint32_t)(room < left ? room : left);
+	return s;
+}
+
+static void *io_buffer(size_t size)
+{
+	void *buffer;
+
+	return posix_memalign(&buffer, IO_BUFFER_ALIGN, size) ? NULL : buffer;
+}
+
+static int check_range(struct tp_volume *volume, uint64_t offset, uint64_t length,
+		       struct tp_error *err)
+{
+	uint64_t size = tp_volume_size(volume);
+
+	if (offset > size || length > size - offset)
+		return tp_fail(err, TP_E_OUT_OF_RANGE,
+			       "%lu bytes at %lu reach past the end of volume %u at %lu",
+			       (unsigned long)length, (unsigned long)offset, volume->id,
+			       (unsigned long)size);
+	if (atomic_load(&volume->pool->mode) == TP_MODE_FAIL)
+		return tp_fail(err, TP_E_POOL_FAILED, "the pool has failed");
+	return 0;
+}
+
+/* The host's disk being full is a state of the pool, not an I/O error. */
+static bool is_host_full(const struct tp_error *e)
+{
+	return e->status == TP_E_IO && (e->host_errno == ENOSPC || e->host_errno == EDQUOT);
+}
+
+static void copy_error(struct tp_error *to, const struct tp_error *from)
+{
+	if (to)
+		*to = *from;
+}
+
+/* ---- reading ------------------------------------------------------------------------------ */
+
+static int read_data(struct tp_pool *pool, uint64_t offset, void *buffer, uint32_t length,
+		     struct tp_error *err)
+{
+	uint64_t begin = offset - offset % pool->io_align;
+	uint64_t end = (offset + length + pool->io_align - 1) / pool->io_align * pool->io_align;
+	uint8_t *bounce;
+	int r;
+
+	if (begin == offset && end == offset + length)
+		return tp_bdev_read(pool->data_bdev, offset, buffer, length, err);
+	bounce = io_buffer(end - begin);
+	if (!bounce)
+		return tp_fail(err, TP_E_NO_MEMORY, "no memory to read");
+	r = tp_bdev_read(pool->data_bdev, begin, bounce, end - begin, err);
+	if (!r)
+		memcpy(buffer, bounce + (offset - begin), length);
+	free(bounce);
+	return r;
+}
+
+static int read_span(struct tp_volume *volume, struct span s, void *buffer, struct tp_error *err)
+{
+	struct tp_pool *pool = volume->pool;
+	uint32_t lock = tp_block_lock_index(volume->id, s.block);
+	uint64_t entry;
+	int r;
+
+	tp_block_lock_shared(pool->locks, lock);
+	r = tp_cache_load(volume, s.block, &entry, err);
+	if (!r && !tp_entry_mapped(entry))
+		memset(buffer, 0, s.length);
+	else if (!r)
+		r = read_data(pool, tp_entry_block(entry) * pool->block_size + s.within, buffer,
+			      s.length, err);
+	tp_block_unlock_shared(pool->locks, lock);
+	return r;
+}
+
+int tp_volume_read(struct tp_volume *volume, uint64_t offset, void *buffer, size_t length,
+		   struct tp_error *err)
+{
+	uint8_t *to = buffer;
+	int r = check_range(volume, offset, length, err);
+
+	while (!r && length) {
+		struct span s = span_at(volume->pool, offset, length);
+
+		r = read_span(volume, s, to, err);
+		to += s.length;
+		offset += s.length;
+		length -= s.length;
+	}
+	return r;
+}
+
+/* ---- taking a data block ------------------------------------------------------------------ */
+
+static bool take_hole_bit(struct tp_pool *pool, uint64_t block)
+{
+	bool hole = pool->holes && (pool->holes[block / 64] >> (block % 64) & 1);
+
+	if (hole)
+		pool->holes[block / 64] &= ~(UINT64_C(1) << (block % 64));
+	return hole;
+}
+
+enum { NEEDS_COMMIT = 1 };
+
+static int try_reserve(struct tp_pool *pool, uint64_t *block_ret, bool *hole_ret,
+		       struct tp_error *err)
+{
+	struct tp_data_map *map = tp_md_data_map(pool->md);
+	int room, r = tp_pool_check_writable(pool, err);
+
+	if (r)
+		return r;
+	room = tp_md_has_room(pool->md, false);
+	if (!room)
+		return tp_fail(err, TP_E_METADATA_SPACE,
+			       "the pool's metadata is full but for its reserve: %lu of %lu blocks",
+			       (unsigned long)tp_md_nr_used(pool->md),
+			       (unsigned long)tp_md_nr_blocks(pool->md));
+	if (room < 0 || !tp_redo_has_room(pool->redo, 16))
+		return NEEDS_COMMIT;
+	if (tp_data_map_reserve(map, block_ret))
+		return tp_data_map_nr_waiting(map) ? NEEDS_COMMIT : TP_E_DATA_SPACE;
+	*hole_ret = take_hole_bit(pool, *block_ret);
+	if (tp_data_map_nr_allocatable(map) < pool->options.low_water_blocks &&
+	    !atomic_exchange(&pool->low_water_reached, 1))
+		tp_pool_event(pool);
+	return 0;
+}
+
+/* A block that nothing refers to yet. TP_E_DATA_SPACE: the caller may wait and try again. */
+static int reserve(struct tp_pool *pool, uint64_t *block_ret, bool *hole_ret,
+		   struct tp_error *err)
+{
+	int attempt, r = NEEDS_COMMIT;
+
+	for (attempt = 0; attempt < 3 && r == NEEDS_COMMIT; attempt++) {
+		pthread_mutex_lock(&pool->md_lock);
+		r = try_reserve(pool, block_ret, hole_ret, err);
+		pthread_mutex_unlock(&pool->md_lock);
+		if (r == NEEDS_COMMIT) {
+			int c = tp_pool_flush_round(pool, true, err);
+
+			if (c)
+				return c;
+		}
+	}
+	if (r == NEEDS_COMMIT || r == TP_E_DATA_SPACE) {
+		if (atomic_load(&pool->mode) == TP_MODE_RW)
+			tp_pool_set_mode(pool, TP_MODE_OUT_OF_DATA_SPACE);
+		return tp_fail(err, TP_E_DATA_SPACE, "the pool's data space is full");
+	}
+	return r;
+}
+
+static void give_back(struct tp_pool *pool, uint64_t block)
+{
+	pthread_mutex_lock(&pool->md_lock);
+	tp_data_map_unreserve(tp_md_data_map(pool->md), block, 1);
+	pthread_mutex_unlock(&pool->md_lock);
+}
+
+/* Make the mapping: from here on the block is the volume's. */
+static int insert(struct tp_volume *volume, uint64_t vblock, uint64_t data_block,
+		  struct tp_error *err)
+{
+	struct tp_pool *pool = volume->pool;
+	uint64_t value;
+	int r;
+
+	pthread_mutex_lock(&pool->md_lock);
+	r = tp_pool_check_writable(pool, err);
+	if (!r && !tp_redo_has_room(pool->redo, 1))
+		r = NEEDS_COMMIT;
+	if (r) {
+		tp_data_map_unreserve(tp_md_data_map(pool->md), data_block, 1);
+	} else {
+		r = tp_md_insert(pool->md, volume->device, vblock, data_block, &value, err);
+		if (r) {
+			r = tp_pool_failed(pool, r);
+		} else {
+			tp_redo_append(pool->redo, TP_REDO_PROVISION, volume->id, vblock,
+				       data_block);
+			tp_cache_put(volume, vblock, value + CACHE_BIAS);
+			atomic_store(&volume->changed_in, tp_md_transaction(pool->md));
+			tp_pool_dirtied(pool);
+			tp_md_trim(pool->md);
+		}
+	}
+	pthread_mutex_unlock(&pool->md_lock);
+	return r;
+}
+
+/* ---- filling a new block ------------------------------------------------------------------ */
+
+static int write_data(struct tp_pool *pool, uint64_t offset, const void *buffer, size_t length,
+		      struct tp_error *err)
+{
+	return tp_bdev_write(pool->data_bdev, offset, buffer, length, err);
+}
+
+/*
+ * Write the whole of a new block: the caller's bytes over those of source (a mapped data block's
+ * offset, or UINT64_MAX for zeros), in pieces of bounded size.
+ */
+static int fill_block(struct tp_pool *pool, uint64_t to, uint64_t source, struct span s,
+		      const uint8_t *data, struct tp_error *err)
+{
+	uint32_t piece = pool->block_size < COPY_BYTES ? pool->block_size : COPY_BYTES, at;
+	uint8_t *buffer = io_buffer(piece);
+	int r = 0;
+
+	if (!buffer)
+		return tp_fail(err, TP_E_NO_MEMORY, "no memory to copy a block");
+	for (at = 0; at < pool->block_size && !r; at += piece) {
+		uint32_t n = pool->block_size - at < piece ? pool->block_size - at : piece;
+		uint32_t begin = s.within > at ? s.within : at;
+		uint32_t end = s.within + s.length < at + n ? s.within + s.length : at + n;
+		bool covered = begin == at && end == at + n;
+
+		if (source == UINT64_MAX)
+			memset(buffer, 0, n);
+		else if (!covered)
+			r = tp_bdev_read(pool->data_bdev, source + at, buffer, n, err);
+		if (!r && begin < end)
+			memcpy(buffer + (begin - at), data + (begin - s.within), end - begin);
+		if (!r)
+			r = write_data(pool, to + at, buffer, n, err);
+	}
+	free(buffer);
+	return r;
+}
+
+/* Only the written part, rounded out with zeros to what the device can address. */
+static int fill_part(struct tp_pool *pool, uint64_t to, struct span s, const uint8_t *data,
+		     struct tp_error *err)
+{
+	uint32_t align = pool->io_align;
+	uint32_t begin = s.within / align * align;
+	uint32_t end = (s.within + s.length + align - 1) / align * align;
+	uint8_t *buffer;
+	int r;
+
+	if (begin == s.within && end == s.within + s.length)
+		return write_data(pool, to + begin, data, s.length, err);
+	buffer = io_buffer(end - begin);
+	if (!buffer)
+		return tp_fail(err, TP_E_NO_MEMORY, "no memory to write");
+	memset(buffer, 0, end - begin);
+	memcpy(buffer + (s.within - begin), data, s.length);
+	r = write_data(pool, to + begin, buffer, end - begin, err);
+	free(buffer);
+	return r;
+}
+
+/* A new data block with the caller's bytes in it, mapped. Exclusive block lock held. */
+static int provision(struct tp_volume *volume, struct span s, const uint8_t *data,
+		     uint64_t old_entry, struct tp_error *err)
+{
+	struct tp_pool *pool = volume->pool;
+	bool whole = s.length == pool->block_size, copies = tp_entry_mapped(old_entry);
+	bool hole = false;
+	uint64_t block, to;
+	int r = reserve(pool, &block, &hole, err);
+
+	if (r)
+		return r;
+	to = block * pool->block_size;
+	if (whole)
+		r = write_data(pool, to, data, s.length, err);
+	else if (copies)
+		r = fill_block(pool, to, tp_entry_block(old_entry) * pool->block_size, s, data,
+			       err);
+	else if (hole || pool->options.skip_block_zeroing)
+		r = fill_part(pool, to, s, data, err);
+	else
+		r = fill_block(pool, to, UINT64_MAX, s, data, err);
+	if (r) {
+		give_back(pool, block);
+		return r;
+	}
+	r = insert(volume, s.block, block, err);
+	if (!r)
+		atomic_fetch_add(copies ? &pool->broke_sharing : &pool->provisioned, 1);
+	return r;
+}
+
+/* ---- writing ------------------------------------------------------------------------------ */
+
+/* Over a mapped block that is not shared, at any alignment. Exclusive block lock held. */
+static int overwrite_unaligned(struct tp_pool *pool, uint64_t base, struct span s,
+			       const uint8_t *data, struct tp_error *err)
+{
+	uint32_t align = pool->io_align;
+	uint32_t begin = s.within / align * align;
+	uint32_t end = (s.within + s.length + align - 1) / align * align;
+	uint8_t *buffer = io_buffer(end - begin);
+	int r;
+
+	if (!buffer)
+		return tp_fail(err, TP_E_NO_MEMORY, "no memory to write");
+	r = tp_bdev_read(pool->data_bdev, base + begin, buffer, end - begin, err);
+	if (!r) {
+		memcpy(buffer + (s.within - begin), data, s.length);
+		r = write_data(pool, base + begin, buffer, end - begin, err);
+	}
+	free(buffer);
+	return r;
+}
+
+static bool is_aligned(const struct tp_pool *pool, struct span s)
+{
+	return !((s.within | s.length) % pool->io_align);
+}
+
+/* One attempt; the gate is entered. */
+static int write_span_once(struct tp_volume *volume, struct span s, const uint8_t *data,
+			   struct tp_error *err)
+{
+	struct tp_pool *pool = volume->pool;
+	uint32_t lock = tp_block_lock_index(volume->id, s.block);
+	uint64_t entry, base;
+	bool in_place;
+	int r;
+
+	tp_block_lock_shared(pool->locks, lock);
+	r = tp_cache_load(volume, s.block, &entry, err);
+	in_place = !r && tp_entry_mapped(entry) && !tp_entry_shared(volume, entry);
+	if (in_place && is_aligned(pool, s))
+		r = write_data(pool, tp_entry_block(entry) * pool->block_size + s.within, data,
+			       s.length, err);
+	tp_block_unlock_shared(pool->locks, lock);
+	if (r || (in_place && is_aligned(pool, s)))
+		return r;
+
+	tp_block_lock_exclusive(pool->locks, lock);
+	/* Another may have been here in between. */
+	r = tp_cache_load(volume, s.block, &entry, err);
+	if (!r && tp_entry_mapped(entry) && !tp_entry_shared(volume, entry)) {
+		base = tp_entry_block(entry) * pool->block_size;
+		if (is_aligned(pool, s))
+			r = write_data(pool, base + s.within, data, s.length, err);
+		else
+			r = overwrite_unaligned(pool, base, s, data, err);
+	} else if (!r) {
+		r = provision(volume, s, data, entry, err);
+	}
+	tp_block_unlock_exclusive(pool->locks, lock);
+	return r;
+}
+
+static int write_span(struct tp_volume *volume, struct span s, const uint8_t *data,
+		      struct tp_error *err)
+{
+	struct tp_pool *pool = volume->pool;
+	struct tp_error e;
+	uint32_t slot;
+	int r;
+
+	for (;;) {
+		tp_error_clear(&e);
+		slot = tp_gate_enter(volume);
+		r = write_span_once(volume, s, data, &e);
+		tp_gate_leave(volume, slot);
+		if (r == NEEDS_COMMIT) {
+			r = tp_pool_flush_round(pool, true, &e);
+			if (!r)
+				continue;
+		}
+		if (r == TP_E_IO && is_host_full(&e)) {
+			atomic_store(&pool->host_full, 1);
+			if (atomic_load(&pool->mode) == TP_MODE_RW)
+				tp_pool_set_mode(pool, TP_MODE_OUT_OF_DATA_SPACE);
+			r = tp_fail(&e, TP_E_DATA_SPACE, "the filesystem that holds the pool's "
+				    "data is full");
+		} else if (!r && atomic_load_explicit(&pool->host_full, memory_order_relaxed)) {
+			atomic_store(&pool->host_full, 0);
+			if (atomic_load(&pool->mode) == TP_MODE_OUT_OF_DATA_SPACE)
+				tp_pool_set_mode(pool, TP_MODE_RW);
+			tp_pool_space_changed(pool);
+		}
+		/* Nothing is held while waiting: snapshots and deletes go on. */
+		if (r == TP_E_DATA_SPACE && !tp_pool_wait_for_space(pool, &e))
+			continue;
+		if (r)
+			copy_error(err, &e);
+		return r;
+	}
+}
+
+int tp_volume_write(struct tp_volume *volume, uint64_t offset, const void *buffer, size_t length,
+		    struct tp_error *err)
+{
+	const uint8_t *from = buffer;
+	int r = check_range(volume, offset, length, err);
+
+	if (!r && volume->read_only)
+		return tp_fail(err, TP_E_READ_ONLY, "volume %u is open read-only", volume->id);
+	while (!r && length) {
+		struct span s = span_at(volume->pool, offset, length);
+
+		r = write_span(volume, s, from, err);
+		from += s.length;
+		offset += s.length;
+		length -= s.length;
+	}
+	return r;
+}
+
+/* ---- discard and zero --------------------------------------------------------------------- */
+
+static int remove_mapping(struct tp_volume *volume, uint64_t block, struct tp_error *err)
+{
+	struct tp_pool *pool = volume->pool;
+	int room, r;
+
+	pthread_mutex_lock(&pool->md_lock);
+	r = tp_pool_check_writable(pool, err);
+	/* Unmapping frees space: it may use the reserve. */
+	room = r ? 0 : tp_md_has_room(pool->md, true);
+	if (!r && !room)
+		r = tp_fail(err, TP_E_METADATA_SPACE, "the metadata's reserve is used up");
+	if (!r && (room < 0 || !tp_redo_has_room(pool->redo, 1)))
+		r = NEEDS_COMMIT;
+	if (!r) {
+		r = tp_md_remove(pool->md, volume->device, block, err);
+		if (!r) {
+			tp_redo_append(pool->redo, TP_REDO_UNMAP, volume->id, block, 0);
+			tp_cache_put(volume, block, CACHE_UNMAPPED);
+			atomic_store(&volume->changed_in, tp_md_transaction(pool->md));
+			atomic_fetch_add(&pool->discarded, 1);
+			tp_pool_dirtied(pool);
+			tp_md_trim(pool->md);
+		} else if (r != TP_E_KEY_NOT_FOUND) {
+			r = tp_pool_failed(pool, r);
+		}
+	}
+	pthread_mutex_unlock(&pool->md_lock);
+	return r == TP_E_KEY_NOT_FOUND ? 0 : r;
+}
+
+static int unmap_block(struct tp_volume *volume, uint64_t block, struct tp_error *err)
+{
+	uint32_t lock = tp_block_lock_index(volume->id, block), slot;
+	int attempt, r = NEEDS_COMMIT;
+
+	for (attempt = 0; attempt < 3 && r == NEEDS_COMMIT; attempt++) {
+		slot = tp_gate_enter(volume);
+		tp_block_lock_exclusive(volume->pool->locks, lock);
+		r = remove_mapping(volume, block, err);
+		tp_block_unlock_exclusive(volume->pool->locks, lock);
+		tp_gate_leave(volume, slot);
+		if (r == NEEDS_COMMIT) {
+			int c = tp_pool_flush_round(volume->pool, true, err);
+
+			if (c)
+				return c;
+		}
+	}
+	if (r == NEEDS_COMMIT)
+		return tp_fail(err, TP_E_METADATA_SPACE, "no metadata space to unmap a block");
+	return r;
+}
+
+/* Unmap every mapped block of [begin, end). */
+static int unmap_range(struct tp_volume *volume, uint64_t begin, uint64_t end,
+		       struct tp_error *err)
+{
+	struct tp_pool *pool = volume->pool;
+	uint64_t value;
+	int r;
+
+	while (begin < end) {
+		pthread_mutex_lock(&pool->md_lock);
+		r = tp_md_next_mapping(pool->md, volume->device, begin, &begin, &value, err);
+		tp_md_trim(pool->md);
+		pthread_mutex_unlock(&pool->md_lock);
+		if (r)
+			return r == TP_E_KEY_NOT_FOUND ? 0 : r;
+		if (begin >= end)
+			return 0;
+		r = unmap_block(volume, begin, err);
+		if (r)
+			return r;
+		begin++;
+	}
+	return 0;
+}
+
+static int check_change(struct tp_volume *volume, uint64_t offset, uint64_t length,
+			struct tp_error *err)
+{
+	int r = check_range(volume, offset, length, err);
+
+	if (!r && volume->read_only)
+		r = tp_fail(err, TP_E_READ_ONLY, "volume %u is open read-only", volume->id);
+	return r;
+}
+
+int tp_volume_discard(struct tp_volume *volume, uint64_t offset, uint64_t length,
+		      struct tp_error *err)
+{
+	uint32_t size = volume->pool->block_size;
+	uint64_t begin = (offset + size - 1) / size, end;
+	int r = check_change(volume, offset, length, err);
+
+	if (r || volume->pool->options.discard_mode == TP_DISCARD_IGNORE)
+		return r;
+	if (atomic_load(&volume->pool->mode) == TP_MODE_RO)
+		return 0;	/* as the kernel: succeeds without effect */
+	end = (offset + length) / size;
+	/* The last block of a volume may be partial: it is whole when the range reaches its end. */
+	if (offset + length == tp_volume_size(volume))
+		end = (offset + length + size - 1) / size;
+	return unmap_range(volume, begin, end, err);
+}
+
+/* Zeros over a part of a block; nothing to do where it is not mapped. */
+static int zero_span(struct tp_volume *volume, struct span s, struct tp_error *err)
+{
+	uint64_t entry;
+	void *zeros;
+	int r = tp_cache_load(volume, s.block, &entry, err);
+
+	/* A first write that comes in between puts its zeros or its data: both are an order. */
+	if (r || !tp_entry_mapped(entry))
+		return r;
+	zeros = calloc(1, s.length);
+	if (!zeros)
+		return tp_fail(err, TP_E_NO_MEMORY, "no memory to zero");
+	r = write_span(volume, s, zeros, err);
+	free(zeros);
+	return r;
+}
+
+int tp_volume_zero(struct tp_volume *volume, uint64_t offset, uint64_t length,
+		   struct tp_error *err)
+{
+	struct tp_pool *pool = volume->pool;
+	uint64_t end = offset + length, size;
+	int r = check_change(volume, offset, length, err);
+
+	size = tp_volume_size(volume);
+	while (!r && offset < end) {
+		struct span s = span_at(pool, offset, end - offset);
+		bool to_end = offset + s.length == size;
+
+		if (!s.within && (s.length == pool->block_size || to_end)) {
+			uint64_t last = end == size ? (end + pool->block_size - 1) /
+							      pool->block_size :
+						      end / pool->block_size;
+
+			r = unmap_range(volume, s.block, last, err);
+			offset = last * pool->block_size < end ? last * pool->block_size : end;
+		} else {
+			r = zero_span(volume, s, err);
+			offset += s.length;
+		}
+	}
+	return r;
+}
+
+/* ---- the rest ----------------------------------------------------------------------------- */
+
+int tp_volume_flush(struct tp_volume *volume, struct tp_error *err)
+{
+	struct tp_pool *pool = volume->pool;
+
+	return tp_pool_flush_round(pool, atomic_load(&volume->changed_in) >
+				   atomic_load(&pool->committed), err);
+}
+
+int tp_volume_next_data(struct tp_volume *volume, uint64_t offset, uint64_t *begin_ret,
+			uint64_t *end_ret, struct tp_error *err)
+{
+	struct tp_pool *pool = volume->pool;
+	uint64_t size = tp_volume_size(volume), block, value, next;
+	int r;
+
+	if (offset >= size)
+		return TP_E_KEY_NOT_FOUND;
+	pthread_mutex_lock(&pool->md_lock);
+	r = tp_md_next_mapping(pool->md, volume->device, offset / pool->block_size, &block,
+			       &value, err);
+	if (!r && block * pool->block_size >= size)
+		r = TP_E_KEY_NOT_FOUND;
+	if (!r) {
+		*begin_ret = block * pool->block_size > offset ? block * pool->block_size : offset;
+		next = block;
+		while (!r && next == block && block * pool->block_size < size) {
+			block++;
+			r = tp_md_next_mapping(pool->md, volume->device, block, &next, &value,
+					       err);
+		}
+		*end_ret = block * pool->block_size < size ? block * pool->block_size : size;
+		r = r == TP_E_KEY_NOT_FOUND ? 0 : r;
+	}
+	tp_md_trim(pool->md);
+	pthread_mutex_unlock(&pool->md_lock);
+	return r;
+}
+
+int tp_volume_lookup(struct tp_volume *volume, uint64_t block, uint64_t *data_block_ret,
+		     uint32_t *shared_ret, struct tp_error *err)
+{
+	uint64_t entry;
+	int r;
+
+	if (block >= (tp_volume_size(volume) + volume->pool->block_size - 1) /
+			     volume->pool->block_size)
+		return tp_fail(err, TP_E_OUT_OF_RANGE, "volume %u has no block %lu", volume->id,
+			       (unsigned long)block);
+	r = tp_cache_load(volume, block, &entry, err);
+	if (r)
+		return r;
+	if (!tp_entry_mapped(entry))
+		return TP_E_KEY_NOT_FOUND;
+	*data_block_ret = tp_entry_block(entry);
+	*shared_ret = tp_entry_shared(volume, entry);
+	return 0;
+}
