@@ -67,7 +67,8 @@ ci: ## everything, setting up what is missing
 	sh tools/test.sh
 
 dist: ## a source archive, from what is committed
-	$(PYTHON) -m build --sdist --no-isolation
+	mkdir -p dist
+	$(PYTHON) -c 'import mesonpy; print(mesonpy.build_sdist("dist"))'
 
 clean:
 	rm -rf $(BUILD)

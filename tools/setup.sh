@@ -75,7 +75,7 @@ setup_python() {
 	state="$extra $(sha256sum <pyproject.toml)"
 	if ! grep -qxF -e "$state" -e "[dev] ${state#* }" "$VENV/dependencies" 2>/dev/null; then
 		echo "installing from PyPI what thinpool$extra needs, into .venv"
-		setup_pip 'meson-python>=0.16' meson ninja 'cffi>=1.16'
+		setup_pip 'meson-python>=0.18' meson ninja 'cffi>=1.16'
 		setup_pip --no-build-isolation ".$extra"
 		printf '%s\n' "$state" >"$VENV/dependencies"
 		printf '%s\n' "$sources" >"$VENV/sources"
