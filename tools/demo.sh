@@ -63,20 +63,25 @@ fi
 THINPOOL_ROOT=$WORK/root
 THINPOOL_RUN=$WORK/run
 THINPOOL_LINGER=2
-export THINPOOL_ROOT THINPOOL_RUN THINPOOL_LINGER
+THINPOOL_DEMO=$WORK
+LC_NUMERIC=C
+export THINPOOL_ROOT THINPOOL_RUN THINPOOL_LINGER THINPOOL_DEMO LC_NUMERIC
 writer=
 
 our_mounts() { awk -v w="$WORK/" 'index($2 "/", w) == 1 {print $2}' /proc/self/mounts; }
 our_loops() { losetup --list --noheadings --output NAME,BACK-FILE | awk -v w="$WORK/" 'index($2, w) == 1 {print $1}'; }
-# Processes that have our root in their arguments, this script's own excepted.
+# Processes that were started from here carry THINPOOL_DEMO in their environment; this shell does not.
 our_processes() {
 	for entry in /proc/[0-9]*; do
-		tr '\0' '\n' <"$entry/cmdline" 2>/dev/null | grep -qxF "$THINPOOL_ROOT" &&
-			[ "${entry#/proc/}" != $$ ] && echo "${entry#/proc/}"
+		tr '\0' '\n' <"$entry/environ" 2>/dev/null | grep -qxF "THINPOOL_DEMO=$WORK" || continue
+		# A zombie has no command line: it is gone, and its parent has yet to notice.
+		[ -z "$(tr -d '\0' <"$entry/cmdline" 2>/dev/null)" ] || echo "${entry#/proc/}"
 	done
-	true
 }
-count() { "$1" | wc -l; }
+count() {
+	list=$("$1")
+	printf '%s' "$list" | grep -c . || true
+}
 
 take_down() {
 	[ -z "$writer" ] || kill "$writer" 2>/dev/null || true

@@ -42,6 +42,7 @@ LAYERS: dict[str, set[str]] = {
         "thinpool.server",
         "thinpool.store",
     },
+    "thinpool.__main__": {"thinpool.cli"},
     "thinpool.cli": BASE | {"thinpool", "thinpool.api", "thinpool.format", "thinpool.host"},
 }
 
