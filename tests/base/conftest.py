@@ -82,15 +82,74 @@ class Device:
             self.ptr = None
 
 
+class Fault(Device):
+    """A device of scripted faults."""
+
+    def add(
+        self,
+        ops: int,
+        kind: int,
+        *,
+        within: tuple[int, int] = (0, 2**64 - 1),
+        nth: int = 1,
+        count: int = 1,
+        errno: int = 0,
+        arg: int = 0,
+    ) -> None:
+        err = ffi.new("struct tp_error *")
+        status = lib.tp_bdev_fault_add(self.ptr, ops, kind, *within, nth, count, errno, arg, err)
+        check(status, err)
+
+    def clear(self) -> None:
+        lib.tp_bdev_fault_clear(self.ptr)
+
+    @property
+    def operations(self) -> int:
+        return lib.tp_bdev_fault_operations(self.ptr)
+
+    @property
+    def fired(self) -> int:
+        return lib.tp_bdev_fault_fired(self.ptr)
+
+
+class Log(Device):
+    """A device that records what is done to it."""
+
+    @property
+    def count(self) -> int:
+        return lib.tp_bdev_log_count(self.ptr)
+
+    def entry(self, index: int) -> tuple[int, int, int, int]:
+        out = ffi.new("struct tp_log_entry *")
+        status = lib.tp_bdev_log_entry(self.ptr, index, out)
+        assert status in (0, lib.TP_E_OUT_OF_RANGE)
+        if status:
+            raise IndexError(index)
+        return out.kind, out.device, out.offset, out.length
+
+    def payload(self, index: int) -> bytes:
+        length = self.entry(index)[3]
+        buffer = ffi.new("unsigned char[]", max(length, 1))
+        assert lib.tp_bdev_log_payload(self.ptr, index, buffer) == 0
+        return bytes(ffi.buffer(buffer, length))
+
+    def mark(self, number: int) -> None:
+        assert lib.tp_bdev_log_mark(self.ptr, number) == 0
+
+    def replay(self, begin: int, end: int, number: int, target: Device) -> None:
+        err = ffi.new("struct tp_error *")
+        check(lib.tp_bdev_log_replay(self.ptr, begin, end, number, target.ptr, err), err)
+
+
 class Opener:
     """Opens devices and closes, last first, what the test left open."""
 
     def __init__(self) -> None:
         self.opened: list[Device] = []
 
-    def _keep(self, status: int, out: Any, err: Any) -> Device:
+    def _keep(self, status: int, out: Any, err: Any, cls: type[Any] = Device) -> Any:
         check(status, err)
-        device = Device(out[0])
+        device = cls(out[0])
         self.opened.append(device)
         return device
 
@@ -102,6 +161,17 @@ class Opener:
     def memory(self, size: int) -> Device:
         out, err = ffi.new("struct tp_bdev **"), ffi.new("struct tp_error *")
         return self._keep(lib.tp_bdev_mem_open(size, out, err), out, err)
+
+    def fault(self, below: Device) -> Fault:
+        out, err = ffi.new("struct tp_bdev **"), ffi.new("struct tp_error *")
+        status = lib.tp_bdev_fault_open(below.ptr, out, err)
+        return self._keep(status, out, err, Fault)
+
+    def log(self, below: Device, order: Device | None = None, number: int = 0) -> Log:
+        out, err = ffi.new("struct tp_bdev **"), ffi.new("struct tp_error *")
+        order_ptr = order.ptr if order else ffi.NULL
+        status = lib.tp_bdev_log_open(below.ptr, order_ptr, number, out, err)
+        return self._keep(status, out, err, Log)
 
 
 @pytest.fixture

@@ -188,28 +188,26 @@ int tp_bdev_next_data(struct tp_bdev *bdev, uint64_t offset, uint64_t *begin_ret
 
 /* cffi: end */
 
-/* cffi: off */
+/* cffi: begin */
 /* ---- faults and logs ------------------------------------------------------------------------ */
 
 /* Scripted faults in front of `below` (which stays the caller's and must outlive it). */
 int tp_bdev_fault_open(struct tp_bdev *below, struct tp_bdev **bdev_ret, struct tp_error *err);
-/* Records every write, punch and flush in front of `below` (as above). Entries of several devices
- * share one order when opened with the same `order` device's log, NULL for a log of its own. */
-int tp_bdev_log_open(struct tp_bdev *below, struct tp_bdev *order, uint32_t device_number,
-		     struct tp_bdev **bdev_ret, struct tp_error *err);
 
 enum tp_fault_kind {
 	TP_FAULT_ERROR = 1,		/* fails with host_errno, nothing done */
-	TP_FAULT_TORN = 2,		/* the first `arg` bytes are written, then it fails */
+	TP_FAULT_TORN = 2,		/* the first `arg` bytes are written (or punched), then it fails */
 	TP_FAULT_DROP_FLUSH = 3,	/* a flush is acknowledged and not passed on */
-	TP_FAULT_MISDIRECT = 4,		/* goes to offset + arg instead */
-	TP_FAULT_BIT_FLIP = 5,		/* bit `arg` of the transfer is flipped (in a read: of what is returned) */
-	TP_FAULT_LOST_WRITE = 6		/* acknowledged and not done */
+	TP_FAULT_MISDIRECT = 4,		/* goes to offset + arg (modulo 2^64) instead */
+	TP_FAULT_BIT_FLIP = 5,		/* bit `arg` (modulo its bits) of a write, or of what a read returns */
+	TP_FAULT_LOST_WRITE = 6		/* a write or punch is acknowledged and not done */
 };
 enum tp_fault_op { TP_FAULT_READ = 1, TP_FAULT_WRITE = 2, TP_FAULT_FLUSH = 4, TP_FAULT_PUNCH = 8 };
 
-/* Fires on the nth matching operation (1 = next) touching [begin, end), then `count` times in all
- * (0 = for ever). Several rules may stand; the first that matches acts. */
+/* Fires on the nth matching operation (1 = next) touching [begin, end) (a flush touches all), then
+ * `count` times in all (0 = for ever). Several rules may stand, and each counts all that it matches;
+ * the first that is due acts. host_errno 0 is EIO. TP_E_INVALID where a kind cannot be done to an
+ * operation. */
 int tp_bdev_fault_add(struct tp_bdev *fault, uint32_t ops, uint32_t kind, uint64_t begin,
 		      uint64_t end, uint64_t nth, uint64_t count, int32_t host_errno, uint64_t arg,
 		      struct tp_error *err);
@@ -217,21 +215,33 @@ void tp_bdev_fault_clear(struct tp_bdev *fault);
 uint64_t tp_bdev_fault_operations(const struct tp_bdev *fault);	/* seen so far */
 uint64_t tp_bdev_fault_fired(const struct tp_bdev *fault);
 
+/* Records, in memory, every write, punch and flush that succeeded in front of `below` (as above).
+ * Entries of several devices share one order when opened with the same `order` device's log, NULL
+ * for a log of its own. Entries stand in the order of completion. */
+int tp_bdev_log_open(struct tp_bdev *below, struct tp_bdev *order, uint32_t device_number,
+		     struct tp_bdev **bdev_ret, struct tp_error *err);
+
 enum tp_log_kind { TP_LOG_WRITE = 1, TP_LOG_FLUSH = 2, TP_LOG_PUNCH = 3, TP_LOG_MARK = 4 };
 struct tp_log_entry {
 	uint32_t kind;
 	uint32_t device;
-	uint64_t offset;
-	uint64_t length;	/* a mark's number stands in offset */
+	uint64_t offset;	/* of a mark: its number. Of a flush: it made durable the entries of
+				 * its device with an index below this; what else is before it
+				 * completed while it ran */
+	uint64_t length;
 };
 uint64_t tp_bdev_log_count(const struct tp_bdev *log);
+/* TP_E_OUT_OF_RANGE past the end. */
 int tp_bdev_log_entry(const struct tp_bdev *log, uint64_t index, struct tp_log_entry *entry_ret);
-/* Copy the payload of a write; buffer holds entry.length bytes. */
+/* Copy the payload of a write (else TP_E_INVALID); buffer holds entry.length bytes. */
 int tp_bdev_log_payload(const struct tp_bdev *log, uint64_t index, void *buffer);
 /* A mark in the order: "everything numbered up to this was acknowledged before here". */
 int tp_bdev_log_mark(struct tp_bdev *log, uint64_t number);
+/* Do the writes and punches of one device among the entries [begin, end) again, to `target`. */
+int tp_bdev_log_replay(const struct tp_bdev *log, uint64_t begin, uint64_t end, uint32_t device,
+		       struct tp_bdev *target, struct tp_error *err);
 
-/* cffi: off-end */
+/* cffi: end */
 
 /* cffi: begin */
 /* ---- pool ---------------------------------------------------------------------------------- */
