@@ -70,13 +70,13 @@ writer=
 
 our_mounts() { awk -v w="$WORK/" 'index($2 "/", w) == 1 {print $2}' /proc/self/mounts; }
 our_loops() { losetup --list --noheadings --output NAME,BACK-FILE | awk -v w="$WORK/" 'index($2, w) == 1 {print $1}'; }
-# Processes that were started from here carry THINPOOL_DEMO in their environment; this shell does not.
+# Processes that were started from here carry THINPOOL_DEMO in their environment; this shell does not,
+# and grep must not find itself. One without a command line has ended, its parent has yet to notice.
 our_processes() {
-	for entry in /proc/[0-9]*; do
-		tr '\0' '\n' <"$entry/environ" 2>/dev/null | grep -qxF "THINPOOL_DEMO=$WORK" || continue
-		# A zombie has no command line: it is gone, and its parent has yet to notice.
-		[ -z "$(tr -d '\0' <"$entry/cmdline" 2>/dev/null)" ] || echo "${entry#/proc/}"
-	done
+	env -u THINPOOL_DEMO grep -lzxF "THINPOOL_DEMO=$WORK" /proc/[0-9]*/environ 2>/dev/null |
+		while IFS=/ read -r _ _ process _; do
+			[ -z "$(tr -d '\0' <"/proc/$process/cmdline" 2>/dev/null)" ] || echo "$process"
+		done
 }
 count() {
 	list=$("$1")
@@ -163,7 +163,7 @@ if [ -z "${THINPOOL_DEMO_HOST_TREE:-}" ] && [ ! -s "$IMAGE" ]; then
 	rm -rf "$WORK/debian"
 fi
 if [ -n "${THINPOOL_DEMO_HOST_TREE:-}" ] || [ ! -s "$IMAGE" ]; then
-	echo "THE IMAGE IS NOT A DEBIAN MINBASE: it is a tar of this host's own /etc and /usr/{bin,sbin,lib},"
+	echo "THE IMAGE IS NOT A DEBIAN MINBASE: it is a tar of this host's own programs and libraries,"
 	echo "without files over 8 MiB"
 	IMAGE=$WORK/host.tar
 	# Merged /usr: /bin, /sbin, /lib and /lib64 are links, which go in as links.
