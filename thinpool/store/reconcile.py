@@ -1,0 +1,176 @@
+"""Bring the catalogue and the pool together after whatever came between them.
+
+Every change goes through these steps; a crash falls into one of the gaps:
+
+1. the intent is written          before: nothing happened
+2. the pool commits the change    between 1 and 2: its transaction id is the expected one, and the
+                                  intent is dropped
+3. the result replaces the intent between 2 and 3: its transaction id is the new one, and the
+                                  result is recorded now
+A transaction id that is neither means that something else changed the pool, or that older metadata
+was put in its place. Then ids decide: what the pool has and the catalogue does not is adopted as
+``id-N`` and never deleted; what the catalogue has and the pool does not is ``missing``, keeps its
+name until it is removed, and comes back if the pool's does.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from thinpool.model import Finding, format_time
+from thinpool.store.adopt import look_at
+from thinpool.store.catalogue import BUILDING, DELETING, MISSING, READY, Record
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from thinpool.engine import PoolBackend, VolumeInfo
+    from thinpool.model import VolumeId
+    from thinpool.store.catalogue import Catalogue
+
+KEY = "transaction_id"
+FINDINGS = "findings"
+
+
+def reconcile(
+    catalogue: Catalogue,
+    pool: PoolBackend,
+    *,
+    known: Mapping[VolumeId, Record] | None = None,
+) -> list[Finding]:
+    """Mend the catalogue so that it tells the pool's truth. Changes nothing in the pool.
+
+    Args:
+        catalogue: of the pool.
+        pool: open.
+        known: what a copy of the names says of volumes that the catalogue lacks.
+
+    Returns:
+        What was found and mended, or remains wrong.
+    """
+    findings: list[Finding] = []
+    status = pool.status()
+    with catalogue.transaction():
+        _settle_intent(catalogue, status.transaction_id, findings)
+        recorded = catalogue.get(KEY)
+        if recorded is not None and int(recorded) != status.transaction_id:
+            findings.append(
+                Finding(
+                    subject="transaction id",
+                    state="wrong" if int(recorded) > status.transaction_id else "note",
+                    message=f"the pool is at transaction {status.transaction_id}, the names "
+                    f"belong to {recorded}: something else changed the pool, or "
+                    "other metadata was put in its place",
+                )
+            )
+        in_pool = {info.id: info for info in pool.volumes()}
+        _settle_missing(catalogue, in_pool, findings)
+        strangers = [info for info in in_pool.values() if catalogue.by_id(info.id) is None]
+    # Looking at strangers reads the disk: not within a transaction of the catalogue.
+    adopted = [
+        _adopt(catalogue, pool, info, status.data_block_size, known or {}) for info in strangers
+    ]
+    with catalogue.transaction():
+        for record, finding in sorted(adopted, key=lambda each: each[0].id):
+            parent = record.parent
+            if parent is not None and catalogue.by_id(parent) is None:
+                record = _without_parent(record)  # noqa: PLW2901 - the same record, mended
+            catalogue.insert(record)
+            if finding is not None:
+                findings.append(finding)
+        catalogue.put(KEY, str(status.transaction_id))
+        if findings:
+            catalogue.put(FINDINGS, json.dumps([finding.to_json() for finding in findings]))
+    return findings
+
+
+def _settle_intent(catalogue: Catalogue, transaction_id: int, findings: list[Finding]) -> None:
+    intent = catalogue.intent()
+    if intent is None:
+        return
+    if transaction_id == intent.new:
+        catalogue.complete_intent(intent)
+        message = f"'{intent.operation}' had been done when the server died: recorded now"
+    elif transaction_id == intent.expected:
+        catalogue.drop_intent()
+        message = f"'{intent.operation}' had not been done when the server died: forgotten"
+    else:
+        catalogue.drop_intent()
+        findings.append(
+            Finding(
+                subject="intent",
+                state="wrong",
+                message=f"'{intent.operation}' was under way from transaction {intent.expected} "
+                f"to {intent.new}, and the pool is at {transaction_id}: ids were compared instead",
+            )
+        )
+        return
+    findings.append(Finding(subject="intent", state="note", message=message))
+
+
+def _settle_missing(
+    catalogue: Catalogue, in_pool: Mapping[VolumeId, VolumeInfo], findings: list[Finding]
+) -> None:
+    for record in catalogue.records():
+        if record.id in in_pool:
+            if record.state == MISSING:
+                catalogue.update(record, state=READY)
+                findings.append(
+                    Finding(subject=record.name, state="note", message="is in the pool again")
+                )
+            continue
+        catalogue.delete_activation(record.id)
+        if record.state in {BUILDING, DELETING}:
+            catalogue.delete(record.id)
+        elif record.state == READY:
+            catalogue.update(record, state=MISSING)
+            findings.append(
+                Finding(
+                    subject=record.name,
+                    state="wrong",
+                    message=f"the pool has no device {record.id} any more",
+                    remedy="thinpool remove POOL/" + record.name,
+                )
+            )
+
+
+def _adopt(
+    catalogue: Catalogue,
+    pool: PoolBackend,
+    info: VolumeInfo,
+    block_size: int,
+    known: Mapping[VolumeId, Record],
+) -> tuple[Record, Finding | None]:
+    found = known.get(info.id)
+    if found is not None and catalogue.find(found.name) is None:
+        return found, None
+    size = look_at(pool, info, block_size=block_size)
+    name = f"id-{info.id}"
+    suffix = 1
+    while catalogue.find(name) is not None:
+        suffix += 1
+        name = f"id-{info.id}-{suffix}"
+    record = Record(
+        id=info.id,
+        name=name,
+        kind="volume",
+        parent=None,
+        size=size.size,
+        read_only=False,
+        created=format_time(datetime.now(UTC)),
+        filesystem=size.filesystem,
+        labels={} if size.exact else {"size": "least"},
+    )
+    how = "its filesystem says" if size.exact else "its highest mapping ends at"
+    return record, Finding(
+        subject=name,
+        state="note",
+        message=f"device {info.id} had no name; size {size.size} is what {how}",
+        remedy=f"thinpool rename POOL/{name} POOL/NAME",
+    )
+
+
+def _without_parent(record: Record) -> Record:
+    return Record(**{**{f: getattr(record, f) for f in Record.__slots__}, "parent": None})
