@@ -902,10 +902,8 @@ class PoolService:
         caller: Caller = ANYONE,
     ) -> Removal:
         """Remove volumes, all or none."""
-        if (done := self._done_before(caller)) is not None and not dry_run:
-            return (
-                Removal(removed=(), freed=0, dry_run=False) if not done else self._removed_before()
-            )
+        if self._done_before(caller) is not None:
+            return Removal(removed=(), freed=0, dry_run=False)
         records = [self._find(name) for name in dict.fromkeys(names)]
         if dry_run:
             freed = self._need_mappings().freed(self, [record.id for record in records])
