@@ -131,7 +131,7 @@ SSE42 uint32_t tp_crc32c_sse42(uint32_t crc, const void *data, size_t length)
 #define FOLD_MIN (4 * WIDE) /* below that the lanes are as fast */
 
 /* The two constants of a fold by D bits: x^(D+63) and x^(D-1) mod P, in upper halves. */
-#define FOLD_HALF(k)   ((long long)(k) << 32)
+#define FOLD_HALF(k)   ((long long)((uint64_t)(k) << 32))
 #define FOLD_2048_LOW  FOLD_HALF(0xe9a5d8beU)
 #define FOLD_2048_HIGH FOLD_HALF(0x1426a815U)
 #define FOLD_1536_LOW  FOLD_HALF(0x7ccbbbf2U)
