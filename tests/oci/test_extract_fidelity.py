@@ -16,15 +16,13 @@ from tests.oci.tarbuild import extract
 from tests.oci.trees import state
 
 
-def tar(*arguments: str | Path) -> bytes:
-    require_tar()
-    done = subprocess.run(["tar", *arguments], check=True, capture_output=True)
-    return done.stdout
-
-
-def require_tar() -> None:
-    if shutil.which("tar") is None:
+def tar(*arguments: str | Path, given: bytes | None = None) -> bytes:
+    """Run GNU tar; returns its standard output."""
+    program = shutil.which("tar")
+    if program is None:
         pytest.skip("no tar on this host")
+    done = subprocess.run([program, *arguments], check=True, capture_output=True, input=given)
+    return done.stdout
 
 
 def zoo(root: Path) -> None:
@@ -51,7 +49,7 @@ def zoo(root: Path) -> None:
     (root / "new\nline").write_bytes(b"newline")
     os.mkfifo(root / "fifo", 0o640)
     with (root / "sparse").open("wb") as file:
-        for at in range(0, 64):
+        for at in range(64):
             file.seek(at * 1_000_000)
             file.write(b"%d" % at * 100)
         file.truncate(100_000_000)
@@ -147,7 +145,7 @@ def test_ustar_and_v7_archives_come_out_equal(tmp_path):
         again = tmp_path / f"{form}-by-tar"
         again.mkdir()
         data = tar("-C", source, f"--format={form}", "-cf", "-", *names)
-        subprocess.run(["tar", "-C", again, "-xpf", "-"], input=data, check=True)
+        tar("-C", again, "-xpf", "-", given=data)
         wanted, found = state(again), state(root)
         if form == "v7":  # the root is not in it
             del wanted[b""], found[b""]
@@ -161,12 +159,12 @@ def test_what_comes_out_is_what_gnu_tar_unpacks(original, tmp_path):
     ours.mkdir()
     theirs.mkdir()
     extract(ours, data)
-    subprocess.run(["tar", "-C", theirs, "--numeric-owner", "-xpf", "-"], input=data, check=True)
+    tar("-C", theirs, "--numeric-owner", "-xpf", "-", given=data)
     assert state(ours) == state(theirs)
 
 
 def test_setuid_and_capability_survive_the_change_of_owner(tmp_path):
-    """chown takes both away, so they are set after it."""
+    """Chown takes both away, so they are set after it."""
     require("root")
     source = tmp_path / "source"
     source.mkdir()

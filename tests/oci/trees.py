@@ -35,14 +35,14 @@ def state(root: Path, *, times: bool = True) -> dict[bytes, dict[str, Any]]:
                 entry["content"] = hashlib.file_digest(file, "sha256").hexdigest()
             entry["size"] = status.st_size
         elif kind == stat.S_IFLNK:
-            entry["target"] = os.readlink(path)
+            entry["target"] = os.readlink(path)  # noqa: PTH115 - bytes names
         elif kind in (stat.S_IFCHR, stat.S_IFBLK):
             entry["device"] = (os.major(status.st_rdev), os.minor(status.st_rdev))
         if kind != stat.S_IFDIR:
             entry["same as"] = first_names.setdefault(status.st_ino, name)
         found[name] = entry
         if kind == stat.S_IFDIR:
-            for child in sorted(os.listdir(path)):
+            for child in sorted(os.listdir(path)):  # noqa: PTH208 - bytes names
                 visit(path + b"/" + child, name + b"/" + child if name else child)
 
     visit(top, b"")

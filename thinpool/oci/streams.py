@@ -14,7 +14,7 @@ import hashlib
 import os
 import re
 import zlib
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 import zstandard
 
@@ -74,8 +74,17 @@ class FileSource:
         return os.read(self._fd, min(size, CHUNK))
 
 
+@runtime_checkable
+class SkippingSource(Source, Protocol):
+    """A source that can pass over bytes without reading them."""
+
+    def skip(self, size: int, /) -> int:
+        """Pass over ``size`` bytes, or what is left; returns how many."""
+        ...
+
+
 class RangeSource:
-    """``size`` bytes of a seekable descriptor from ``offset``; leaves its position alone."""
+    """A piece of a seekable descriptor; leaves its position alone."""
 
     def __init__(self, fd: int, *, offset: int, size: int, member: str) -> None:
         """Read ``[offset, offset + size - 1]`` of ``fd``, which the caller owns."""
@@ -97,6 +106,13 @@ class RangeSource:
         self._offset += len(data)
         self._left -= len(data)
         return data
+
+    def skip(self, size: int, /) -> int:
+        """As :class:`SkippingSource`."""
+        size = min(size, self._left)
+        self._offset += size
+        self._left -= size
+        return size
 
 
 class IteratorSource:
@@ -144,27 +160,21 @@ class PeekSource:
 
 
 class HashingSource:
-    """Counts and digests what passes; at the end compares with what was promised."""
+    """Digests what passes; at the end compares with what was promised."""
 
-    def __init__(
-        self, source: Source, *, member: str, digest: str | None = None, size: int | None = None
-    ) -> None:
+    def __init__(self, source: Source, *, member: str, digest: str | None = None) -> None:
         """Wrap ``source``.
 
         Args:
             source: what is read.
             member: its name, for errors.
             digest: promised ``algorithm:hex``, or None to compute sha256.
-            size: promised bytes, or None.
         """
         self._source = source
         self._member = member
         self._wanted = digest
-        self._size = size
-        algorithm = digest.partition(":")[0] if digest else "sha256"
-        self._algorithm = algorithm
-        self._hash: _Hash = hashlib.new(algorithm)
-        self.count = 0
+        self._algorithm = digest.partition(":")[0] if digest else "sha256"
+        self._hash: _Hash = hashlib.new(self._algorithm)
 
     @property
     def digest(self) -> str:
@@ -175,33 +185,19 @@ class HashingSource:
         """As :class:`Source`.
 
         Raises:
-            ArchiveError: at the end where digest or size differ, and as soon as there is too much.
+            ArchiveError: at the end where the digest is not the promised one.
         """
         data = self._source.read(size)
         if data:
-            self.count += len(data)
-            if self._size is not None and self.count > self._size:
-                self._wrong_size()
             self._hash.update(data)
-            return data
-        if self._size is not None and self.count != self._size:
-            self._wrong_size()
-        if self._wanted is not None and self.digest != self._wanted:
+        elif self._wanted is not None and self.digest != self._wanted:
             raise ArchiveError(
                 f"{self._member}: its digest is {self.digest}, not {self._wanted}",
                 member=self._member,
                 found=self.digest,
                 wanted=self._wanted,
             )
-        return b""
-
-    def _wrong_size(self) -> None:
-        more = "more than " if self._size is not None and self.count > self._size else ""
-        raise ArchiveError(
-            f"{self._member}: has {more or f'{self.count} bytes, not '}{self._size} bytes",
-            member=self._member,
-            wanted=self._size,
-        )
+        return data
 
 
 class LimitSource:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from thinpool.errors import ArchiveError
-from thinpool.oci.streams import CHUNK, Source
+from thinpool.oci.streams import CHUNK, SkippingSource, Source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -171,6 +171,7 @@ class TarReader:
         self._need_end = need_end
         self._buffer = memoryview(b"")
         self._at = 0
+        self._taken = 0  # from the source, buffer included
         self._name = archive
         self._left = 0  # of the current member's data, without padding
         self._padding = 0
@@ -184,6 +185,7 @@ class TarReader:
         data = self._source.read(CHUNK)
         self._buffer = memoryview(data)
         self._at = 0
+        self._taken += len(data)
         return bool(data)
 
     def _exactly(self, size: int) -> bytes:
@@ -203,6 +205,21 @@ class TarReader:
             left -= len(piece)
             pieces.append(piece)
         return b"".join(pieces)
+
+    @property
+    def position(self) -> int:
+        """Where in the archive the reader is: after a member's header, where its data begins."""
+        return self._taken - len(self._buffer) + self._at
+
+    def _skip(self, size: int) -> None:
+        if size > len(self._buffer) - self._at and isinstance(self._source, SkippingSource):
+            beyond = size - (len(self._buffer) - self._at)
+            self._at = len(self._buffer)
+            if self._source.skip(beyond) != beyond:
+                self._cut()
+            self._taken += beyond
+        else:
+            self._feed(size, None)
 
     def _feed(self, size: int, sink: Callable[[memoryview], object] | None) -> None:
         while size:
@@ -249,7 +266,7 @@ class TarReader:
     def _next(self) -> Member | None:
         extra: _Extra | None = None
         while True:
-            self._feed(self._left + self._padding, None)
+            self._skip(self._left + self._padding)
             self._left = self._padding = 0
             header = self._header()
             if header is None:

@@ -1,4 +1,4 @@
-"""Removing directory trees by descriptor, at any depth, without following a link.
+"""Removing and walking directory trees by descriptor, at any depth, without following a link.
 
 No recursion and one open descriptor at a time: a tree may be deeper than PATH_MAX, than Python's
 stack and than the limit of open files. The way up is ``..``, checked against the inode the way down
@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -125,3 +125,97 @@ def remove(parent_fd: int, name: bytes, keep: Keep = _nothing) -> int | None:
         if not kept:
             os.rmdir(name, dir_fd=parent_fd)
     return stat.S_IFMT(mode)
+
+
+class Entry:
+    """What a walk is at.
+
+    Attributes:
+        directory: descriptor of the directory it is in; valid until the walk goes on.
+        name: in that directory; ``.`` for the root.
+        path: from the root, empty for the root.
+        status: of the entry itself.
+        enter: for a directory, whether the walk will go into it; may be set to False.
+    """
+
+    __slots__ = ("directory", "enter", "name", "path", "status")
+
+    def __init__(self, directory: int, name: bytes, path: bytes, status: os.stat_result) -> None:
+        """An entry that will be entered."""
+        self.directory = directory
+        self.name = name
+        self.path = path
+        self.status = status
+        self.enter = True
+
+
+def walk(root_fd: int) -> Iterator[Entry]:
+    """The root and all below it, a directory before what it holds, names in byte order.
+
+    Args:
+        root_fd: stays open.
+
+    Raises:
+        OSError: a directory cannot be read, or was moved meanwhile.
+    """
+    fd = os.open(b".", OPEN_DIRECTORY, dir_fd=root_fd)
+    try:
+        status = os.fstat(fd)
+        root = Entry(fd, b".", b"", status)
+        yield root
+        if not root.enter:
+            return
+        stack = [(b"", status.st_ino, _names(fd))]
+        while stack:
+            path, _, names = stack[-1]
+            if not names:
+                stack.pop()
+                if stack:
+                    parent = open_parent(fd, stack[-1][1])
+                    os.close(fd)
+                    fd = parent
+                continue
+            name = names.pop()
+            try:
+                status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            except FileNotFoundError:
+                continue  # removed meanwhile, in a tree that is in use
+            entry = Entry(fd, name, path + b"/" + name if path else name, status)
+            yield entry
+            if entry.enter and stat.S_ISDIR(status.st_mode):
+                child, inode = open_directory(fd, name)
+                os.close(fd)
+                fd = child
+                stack.append((entry.path, inode, _names(fd)))
+    finally:
+        os.close(fd)
+
+
+def _names(fd: int) -> list[bytes]:
+    """Names in a directory, the first in byte order last."""
+    return sorted((os.fsencode(name) for name in os.listdir(fd)), reverse=True)
+
+
+def xattrs(directory: int, name: bytes) -> dict[bytes, bytes]:
+    """Extended attributes of an entry, links not followed; none where there can be none.
+
+    Labels of the host's security modules are left out: they are not the tree's own.
+    """
+    path = b"/proc/self/fd/%d/%s" % (directory, name)
+    try:
+        names = os.listxattr(path, follow_symlinks=False)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.ENOENT):
+            return {}
+        raise
+    found: dict[bytes, bytes] = {}
+    for text in sorted(names):
+        attribute = os.fsencode(text)
+        if attribute.startswith(b"security.") and attribute != b"security.capability":
+            continue
+        try:
+            found[attribute] = os.getxattr(path, attribute, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in (errno.ENODATA, errno.ENOENT):
+                raise
+    return found
