@@ -142,9 +142,9 @@ struct tp_fuse_target_ops {
 	int (*flush)(void *target, struct tp_error *err);
 	int (*next_data)(void *target, uint64_t offset, uint64_t *begin_ret, uint64_t *end_ret,
 			 struct tp_error *err);
-	uint64_t (*size)(void *target);   /* does not block */
-	uint64_t (*mapped)(void *target); /* bytes */
-	void (*close)(void *target);      /* may be NULL: the target stays its owner's */
+	uint64_t (*size)(void *target);                         /* does not block */
+	uint64_t (*mapped)(struct tp_pool *pool, void *target); /* bytes; may block */
+	void (*close)(void *target); /* may be NULL: the target stays its owner's */
 };
 
 struct tp_fuse_file {
@@ -182,6 +182,7 @@ uint32_t tp_fuse_files_next(struct files *files, uint32_t id);
 
 extern const struct tp_fuse_target_ops tp_fuse_volume_ops;
 extern const struct tp_fuse_target_ops tp_fuse_linear_ops;
+void tp_fuse_pool_statfs(struct tp_pool *pool, struct fuse_kstatfs *out);
 /* A raw file served as it is: the null target. Owned by the file table afterwards. */
 int tp_fuse_linear_open(const char *path, uint32_t read_only, void **target_ret, int *fd_ret,
 			struct tp_error *err);
@@ -228,7 +229,6 @@ struct data_thread {
 
 struct tp_fuse_server {
 	struct tp_pool *pool; /* NULL: null targets only */
-	void (*statfs)(struct tp_pool *pool, struct fuse_kstatfs *out);
 	struct tp_fuse_options options;
 	struct slots slots;
 	struct files files;

@@ -137,11 +137,12 @@ static uint64_t linear_size(void *target)
 	return linear->size;
 }
 
-static uint64_t linear_mapped(void *target)
+static uint64_t linear_mapped(struct tp_pool *pool, void *target)
 {
 	const struct linear *linear = target;
 	struct stat st;
 
+	(void)pool;
 	return fstat(linear->direct, &st) ? 0 : (uint64_t)st.st_blocks * SECTOR;
 }
 

@@ -59,7 +59,7 @@ static void fill_file(const struct tp_fuse_server *server, struct tp_fuse_file *
 	attr->mode = S_IFREG | FILE_MODE;
 	attr->nlink = 1;
 	attr->size = file->ops->size(file->target);
-	attr->blocks = file->ops->mapped(file->target) / 512;
+	attr->blocks = file->ops->mapped(server->pool, file->target) / 512;
 }
 
 /* No name or attribute is cached: files come, go and are resized, and nobody walks here often. */
@@ -265,8 +265,8 @@ static void do_statfs(struct tp_fuse_server *server, struct slot *slot)
 	out.st.bsize = out.st.frsize = server->options.block_size;
 	out.st.namelen = NAME_MAX_LENGTH;
 	out.st.files = server->files.nr_active;
-	if (server->statfs)
-		server->statfs(server->pool, &out.st);
+	if (server->pool)
+		tp_fuse_pool_statfs(server->pool, &out.st);
 	tp_fuse_reply(server, slot, 0, &out, sizeof(out));
 }
 
@@ -275,7 +275,7 @@ static int seek(struct tp_fuse_file *file, uint64_t offset, uint32_t whence, uin
 {
 	uint64_t size = file->ops->size(file->target);
 	uint64_t begin, end;
-	struct tp_error err;
+	struct tp_error err = {0};
 	int status;
 
 	if (whence != SEEK_DATA && whence != SEEK_HOLE)

@@ -23,7 +23,7 @@ static void let_go(struct tp_fuse_server *server, struct slot *slot)
 
 static void do_read(struct tp_fuse_server *server, struct slot *slot)
 {
-	struct tp_error err;
+	struct tp_error err = {0};
 	int error = slot->file ? 0 : tp_fuse_prepare_io(server, slot);
 	int status;
 
@@ -43,7 +43,7 @@ static void do_read(struct tp_fuse_server *server, struct slot *slot)
 
 static void do_write(struct tp_fuse_server *server, struct slot *slot)
 {
-	struct tp_error err;
+	struct tp_error err = {0};
 	int error = slot->file ? 0 : tp_fuse_prepare_io(server, slot);
 	int status;
 
@@ -101,7 +101,7 @@ static void do_fallocate(struct tp_fuse_server *server, struct slot *slot)
 	const struct fuse_fallocate_in *in = slot->request.arg;
 	struct tp_fuse_file *file = tp_fuse_files_get(&server->files, slot->header->nodeid);
 	uint64_t length = 0;
-	struct tp_error err;
+	struct tp_error err = {0};
 	bool zero = false;
 	int error = -EIO;
 	int status;
@@ -143,52 +143,64 @@ static void serve_one(struct work_queue *queue, struct slot *slot)
 	}
 }
 
-/* -errno, or 0 with a hold on the file. */
-static int take_for_flush(struct tp_fuse_server *server, struct slot *slot)
+/* Every volume of the pool at once: 0, or a status when it must be asked one by one. */
+static int flush_pool(struct tp_fuse_server *server, const struct slot *list)
 {
-	slot->file = tp_fuse_files_get(&server->files, slot->header->nodeid);
-	return slot->file ? 0 : -EIO;
+	const struct slot *slot;
+
+	if (!server->pool)
+		return TP_E_NOT_SUPPORTED;
+	for (slot = list; slot; slot = slot->next)
+		if (slot->file && slot->file->ops != &tp_fuse_volume_ops)
+			return TP_E_NOT_SUPPORTED;
+	count(&server->counters.flush_calls, 1);
+	return tp_pool_commit(server->pool, NULL);
+}
+
+static int flush_file(struct tp_fuse_server *server, struct tp_fuse_file *file)
+{
+	struct tp_error err = {0};
+	int status;
+
+	if (!file)
+		return -EIO;
+	count(&server->counters.flush_calls, 1);
+	status = file->ops->flush(file->target, &err);
+	return status ? -tp_fuse_errno(status, err.host_errno) : 0;
 }
 
 /*
- * Everyone in the list that names the same file as its first is served by one call; the others
- * are left. Volumes of one pool share the commit inside tp_volume_flush, so a call for each file,
- * from as many threads as there are, costs no more.
+ * Everyone who waits is served by one call: a flush of the file that all of them name, or a commit
+ * of the pool where they name several. A failing commit says nothing about a volume without
+ * changes (in a pool that is read-only, say), so each is asked then.
  */
-static struct slot *serve_flush(struct tp_fuse_server *server, struct slot *list)
+static void serve_flushes(struct tp_fuse_server *server, struct slot *list)
 {
-	struct slot *first = list, *slot, *mine = NULL, *others = NULL, **last = &others;
-	int error = take_for_flush(server, first);
-	struct tp_fuse_file *file = first->file;
-	struct tp_error err;
-	int status;
+	struct tp_fuse_file *asked = NULL;
+	bool several = false, all_done;
+	struct slot *slot;
+	int error = 0;
 
-	while ((slot = list)) {
+	for (slot = list; slot; slot = slot->next) {
+		slot->file = tp_fuse_files_get(&server->files, slot->header->nodeid);
+		several |= slot->header->nodeid != list->header->nodeid;
+	}
+	all_done = several && flush_pool(server, list) == 0;
+	for (slot = list; slot; slot = list) {
 		list = slot->next;
-		if (slot->header->nodeid == first->header->nodeid) {
-			slot->next = mine;
-			mine = slot;
-		} else {
-			slot->next = NULL;
-			*last = slot;
-			last = &slot->next;
-		}
-	}
-	if (!error) {
-		count(&server->counters.flush_calls, 1);
-		status = file->ops->flush(file->target, &err);
-		if (status)
-			error = -tp_fuse_errno(status, err.host_errno);
-	}
-	while ((slot = mine)) {
-		mine = slot->next;
+		if (!slot->file)
+			error = -EIO;
+		else if (all_done)
+			error = 0;
+		else if (slot->file != asked)
+			error = flush_file(server, slot->file);
+		asked = slot->file;
 		count(&server->counters.flushes, 1);
 		if (error)
 			count(&server->counters.errors, 1);
 		let_go(server, slot);
 		tp_fuse_reply(server, slot, error, NULL, 0);
 	}
-	return others;
 }
 
 /* NULL: the queue ends and is empty. A flush thread takes the whole list. */
@@ -213,32 +225,16 @@ static struct slot *take_work(struct work_queue *queue)
 	return slot;
 }
 
-/* Back to the front, so that another thread may take them meanwhile. */
-static void give_back(struct work_queue *queue, struct slot *list)
-{
-	struct slot *last = list;
-
-	while (last->next)
-		last = last->next;
-	pthread_mutex_lock(&queue->lock);
-	last->next = queue->head;
-	if (!queue->head)
-		queue->tail = &last->next;
-	queue->head = list;
-	pthread_cond_signal(&queue->wake);
-	pthread_mutex_unlock(&queue->lock);
-}
-
 static void *work_thread(void *argument)
 {
 	struct work_queue *queue = argument;
 	struct slot *slot;
 
 	while ((slot = take_work(queue))) {
-		if (queue->kind != WORK_FLUSH)
+		if (queue->kind == WORK_FLUSH)
+			serve_flushes(queue->server, slot);
+		else
 			serve_one(queue, slot);
-		else if ((slot = serve_flush(queue->server, slot)))
-			give_back(queue, slot);
 	}
 	return NULL;
 }

@@ -457,15 +457,11 @@ void tp_fuse_server_stop(struct tp_fuse_server *server);
 void tp_fuse_server_get_statistics(struct tp_fuse_server *server,
 				   struct tp_fuse_statistics *statistics_ret);
 
-/* cffi: end */
-
-/* cffi: off */
-
 /* `id-N`, N the volume's id. The volume stays open until tp_fuse_server_remove_file returned.
  * generation differs between activations: a handle of an earlier one is refused (ESTALE). */
 int tp_fuse_server_add_file(struct tp_fuse_server *server, struct tp_volume *volume,
 			    uint32_t read_only, uint64_t generation, struct tp_error *err);
 
-/* cffi: off-end */
+/* cffi: end */
 
 #endif
