@@ -59,6 +59,10 @@ if [ -e "$WORK" ] && [ ! -e "$WORK/.thinpool-demo" ]; then
 	cannot "$WORK exists and is not this program's; set THINPOOL_DEMO_DIR"
 fi
 
+# Shorter to read: this shell stands in the checkout.
+W=${WORK#"$PWD"/}
+IMAGE=${CACHE#"$PWD"/}/debian-minbase.tar
+
 # ---- taking down, at the end, on failure, on interruption, after an earlier run ---------------
 THINPOOL_ROOT=$WORK/root
 THINPOOL_RUN=$WORK/run
@@ -150,11 +154,10 @@ overlay=yes
 grep -qw overlay /proc/filesystems || overlay=
 
 step "a real root filesystem"
-IMAGE=$CACHE/debian-minbase.tar
 if [ -z "${THINPOOL_DEMO_HOST_TREE:-}" ] && [ ! -s "$IMAGE" ]; then
 	rm -rf "$WORK/debian"
-	if run "debootstrap --variant=minbase bookworm $WORK/debian >$WORK/log 2>&1"; then
-		run "tar --create --numeric-owner --xattrs --file $IMAGE.part --directory $WORK/debian ."
+	if run "debootstrap --variant=minbase bookworm $W/debian >$W/log 2>&1"; then
+		run "tar --create --numeric-owner --xattrs --file $IMAGE.part --directory $W/debian ."
 		mv "$IMAGE.part" "$IMAGE"
 	else
 		tail -n 3 "$WORK/log"
@@ -165,7 +168,7 @@ fi
 if [ -n "${THINPOOL_DEMO_HOST_TREE:-}" ] || [ ! -s "$IMAGE" ]; then
 	echo "THE IMAGE IS NOT A DEBIAN MINBASE: it is a tar of this host's own programs and libraries,"
 	echo "without files over 8 MiB"
-	IMAGE=$WORK/host.tar
+	IMAGE=$W/host.tar
 	# Merged /usr: /bin, /sbin, /lib and /lib64 are links, which go in as links.
 	run "find /bin /sbin /lib /lib64 /etc/debian_version /etc/passwd /etc/group /usr/bin /usr/sbin \
 /usr/lib/\$(gcc -dumpmachine) /usr/lib64 -xdev \\( -type d -o -type l -o -type f -size -8M \\) \
@@ -174,12 +177,12 @@ fi
 ls -l "$IMAGE" | awk '{printf "%s, %d MiB\n", $NF, $5 / 1048576}'
 
 # ---- the main job ---------------------------------------------------------------------------
-M=$WORK/mnt
+M=$W/mnt
 mkdir -p "$M/build" "$M/c1" "$M/c2" "$M/c3"
 pool_used() { thinpool --json status demo | python -c 'import json,sys; print(json.load(sys.stdin)["data"]["used"])'; }
 
 step "a pool, with a base device that has ext4 on it"
-run "export THINPOOL_ROOT=$THINPOOL_ROOT THINPOOL_RUN=$THINPOOL_RUN"
+echo "$ export THINPOOL_ROOT=$THINPOOL_ROOT THINPOOL_RUN=$THINPOOL_RUN"
 run "thinpool create-pool demo --size 16G --base-size 4G --base-fs ext4"
 
 step "the image, a snapshot of the base"
@@ -219,11 +222,11 @@ done
 
 if [ -n "$overlay" ]; then
 	step "the same edit under overlayfs on ext4, as overlay2 has it, on this machine"
-	O=$WORK/overlay
+	O=$W/overlay
 	mkdir -p "$O"
-	run "truncate --size $((FILE_MIB * 4 + 512))M $WORK/overlay.img"
-	run "mkfs.ext4 -q -F $WORK/overlay.img"
-	run "mount \$(losetup --find --show --direct-io=on $WORK/overlay.img) $O"
+	run "truncate --size $((FILE_MIB * 4 + 512))M $W/overlay.img"
+	run "mkfs.ext4 -q -F $W/overlay.img"
+	run "mount \$(losetup --find --show --direct-io=on $W/overlay.img) $O"
 	mkdir -p "$O/image/srv"
 	run "cp $M/c1/srv/model.bin $O/image/srv/model.bin"
 	sync -f "$O"
@@ -239,8 +242,8 @@ if [ -n "$overlay" ]; then
 	done
 	for c in c1 c2 c3; do umount "$O/$c/merged"; done
 	umount "$O"
-	for device in $(losetup --associated "$WORK/overlay.img" | cut -d: -f1); do losetup --detach "$device"; done
-	rm "$WORK/overlay.img"
+	for device in $(losetup --associated "$W/overlay.img" | cut -d: -f1); do losetup --detach "$device"; done
+	rm "$W/overlay.img"
 else
 	echo "this kernel has no overlayfs: nothing to put beside it"
 fi
@@ -265,7 +268,7 @@ step "the server killed in the middle of a write"
 head -c 268435456 /dev/urandom >"$WORK/payload"
 supervisor=$(cat "$THINPOOL_ROOT/pools/demo/supervisor.pid")
 worker() { ps -o pid= --ppid "$supervisor" | awk '{print $1}'; }
-printf '$ dd if=%s of=%s bs=1M conv=fsync &\n' "$WORK/payload" "$M/c1/srv/payload"
+printf '$ dd if=%s of=%s bs=1M conv=fsync &\n' "$W/payload" "$M/c1/srv/payload"
 dd if="$WORK/payload" of="$M/c1/srv/payload" bs=1M conv=fsync status=none 2>"$WORK/dd.log" &
 writer=$!
 kills=0
@@ -306,7 +309,7 @@ while [ -n "$(our_processes)" ] && [ $tries -lt 300 ]; do
 	sleep 0.1
 	tries=$((tries + 1))
 done
-run "thin_check $THINPOOL_ROOT/pools/demo/metadata && echo thin_check found nothing"
+run "thin_check $W/root/pools/demo/metadata && echo thin_check found nothing"
 
 step "everything taken down"
 run "thinpool remove-pool demo --yes"
