@@ -23,7 +23,6 @@ from thinpool.model import VolumeId
 from thinpool.server.fuse_mount import open_connection
 from thinpool.server.fuse_server import FuseOptions, FuseServer, slots_size
 
-
 BLOCK_SIZE = 64 << 10
 VOLUME = VolumeId(1)
 
