@@ -16,6 +16,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
+import grp
 import os
 import stat
 import struct
@@ -186,6 +188,7 @@ def attach(
             )
             with _closing(fd):
                 try:
+                    _guard_node(fd)
                     if not _is_spoiled(number):
                         return _verified(fd, number, name=name, direct_io=direct_io)
                 except BaseException:
@@ -333,6 +336,28 @@ def _configure(
             return number, fd
 
 
+def _guard_node(fd: int) -> None:
+    """Take back the rights that an activation for some user left on the device's node.
+
+    A number is reused, its node with it: the rights to one volume must not open the next one.
+    Groups that the host itself gives its disks stay.
+    """
+    node = os.fstat(fd)
+    if node.st_uid == 0 and node.st_gid in _disk_groups() and not node.st_mode & 0o007:
+        return
+    with contextlib.suppress(PermissionError):
+        os.fchmod(fd, 0o600)
+        os.fchown(fd, 0, 0)
+
+
+@functools.cache
+def _disk_groups() -> frozenset[int]:
+    try:
+        return frozenset({0, grp.getgrnam("disk").gr_gid})
+    except KeyError:
+        return frozenset({0})
+
+
 def _open_device(number: int, *, read_only: bool) -> int:
     path = f"/dev/loop{number}"
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC
@@ -404,6 +429,7 @@ def _try_detach(path: str, number: int, wanted: int) -> bool | None:
         sequence = _sequence(fd)
         if wanted and sequence not in (0, wanted):
             return False
+        _guard_node(fd)
         cleared = _clear(fd, path)
     if cleared is not True:
         return cleared
