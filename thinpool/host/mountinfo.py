@@ -6,6 +6,7 @@ in octal. Nothing here changes anything, and nothing waits for a FUSE server.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from dataclasses import dataclass
@@ -176,3 +177,17 @@ def mounts_of_device(device: int, *, source: str | None = None) -> list[Namespac
                     NamespaceMount(entry=entry, pid=pid, namespace=inode, foreign=inode != own)
                 )
     return found
+
+
+def open_mount(found: NamespaceMount) -> int:
+    """A descriptor of a mount's root directory, in whatever namespace it is.
+
+    Raises:
+        OSError: it can't be reached; ESTALE where something else was mounted over it.
+    """
+    path = found.reachable_path
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    if found.entry.fstype not in _NO_DEVICE_NUMBER and os.fstat(fd).st_dev != found.entry.device:
+        os.close(fd)
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+    return fd
