@@ -84,11 +84,12 @@ def iter_tar(
                 writer.note(entry.path, "something is mounted on it, left empty")
             yield from writer.entry(entry)
     except OSError as error:
-        raise _read_error(error) from error
+        raise read_error(error) from error
     yield writer.end()
 
 
-def _read_error(error: OSError) -> StorageIOError | NotPermittedError:
+def read_error(error: OSError) -> StorageIOError | NotPermittedError:
+    """The typed error for a system call that failed on a tree that is read."""
     name = error.filename if error.filename is not None else "the tree"
     shown = text(os.fsencode(name)) if isinstance(name, str | bytes) else str(name)
     message = f"cannot read {shown}: {error.strerror}"
@@ -255,7 +256,7 @@ class TarWriter:
         if not status.st_size:
             self._header(name, REGULAR, status, records=records)
             return
-        fd = _open_file(entry)
+        fd = open_file(entry)
         try:
             size = status.st_size
             segments = [(0, size)]
@@ -301,7 +302,7 @@ class TarWriter:
                 yield self._flush()
 
 
-def _open_file(entry: tree.Entry) -> int:
+def open_file(entry: tree.Entry) -> int:
     """Open a regular file for reading, without touching its access time where that is allowed."""
     try:
         fd = os.open(entry.name, _OPEN_FILE | os.O_NOATIME, dir_fd=entry.directory)

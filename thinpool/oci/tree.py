@@ -180,13 +180,14 @@ def walk(root_fd: int) -> Iterator[Entry]:
                 status = os.stat(name, dir_fd=fd, follow_symlinks=False)
             except FileNotFoundError:
                 continue  # removed meanwhile, in a tree that is in use
-            entry = Entry(fd, name, path + b"/" + name if path else name, status)
+            below = path + b"/" + name if path else name
+            entry = Entry(fd, name, below, status)
             yield entry
             if entry.enter and stat.S_ISDIR(status.st_mode):
                 child, inode = open_directory(fd, name)
                 os.close(fd)
                 fd = child
-                stack.append((entry.path, inode, _names(fd)))
+                stack.append((below, inode, _names(fd)))  # whatever became of entry.path
     finally:
         os.close(fd)
 
