@@ -464,4 +464,261 @@ int tp_fuse_server_add_file(struct tp_fuse_server *server, struct tp_volume *vol
 
 /* cffi: end */
 
+/* cffi: begin */
+/* ---- check, dump, delta: an independent reader ------------------------------------------------ */
+
+/*
+ * These read a metadata device by themselves, sharing no code with the pool that writes it, so that
+ * they can judge it. Nothing is ever written. Metadata may be arbitrarily damaged or hostile. The
+ * device stays the caller's and must outlive the handle. A pool that is in use is read through its
+ * metadata snapshot only (use_metadata_snapshot), which cannot change until it is released.
+ */
+
+enum tp_check_severity {
+	TP_CHECK_FATAL = 1,	/* writing to this pool may lose or corrupt something */
+	TP_CHECK_LEAK = 2,	/* counted and not used: space is lost, nothing else */
+	TP_CHECK_NOTE = 3	/* stale or unusual, harms nobody */
+};
+
+enum tp_check_structure {
+	TP_CHECK_IN_SUPERBLOCK = 0,
+	TP_CHECK_IN_METADATA_SNAPSHOT = 1,
+	TP_CHECK_IN_MAPPING_TOP_LEVEL = 2,
+	TP_CHECK_IN_DEVICE_TREE = 3,
+	TP_CHECK_IN_DETAILS_TREE = 4,
+	TP_CHECK_IN_DATA_INDEX = 5,
+	TP_CHECK_IN_DATA_BITMAP = 6,
+	TP_CHECK_IN_DATA_OVERFLOW = 7,
+	TP_CHECK_IN_DATA_SPACE_MAP = 8,
+	TP_CHECK_IN_METADATA_INDEX = 9,
+	TP_CHECK_IN_METADATA_BITMAP = 10,
+	TP_CHECK_IN_METADATA_OVERFLOW = 11,
+	TP_CHECK_IN_METADATA_SPACE_MAP = 12
+};
+
+enum tp_check_type {
+	/* any block */
+	TP_CHECK_IO_ERROR = 1,
+	TP_CHECK_CHECKSUM = 2,
+	TP_CHECK_BLOCK_NUMBER = 3,	/* the block does not carry its own number */
+	TP_CHECK_POINTER_OUT_OF_RANGE = 4,
+	TP_CHECK_BLOCK_REUSED = 5,	/* one block stands in two structures */
+	TP_CHECK_TRUNCATED_DEVICE = 6,
+	/* superblock */
+	TP_CHECK_MAGIC = 10,
+	TP_CHECK_VERSION = 11,
+	TP_CHECK_FEATURES = 12,
+	TP_CHECK_DATA_BLOCK_SIZE = 13,
+	TP_CHECK_METADATA_BLOCK_SIZE = 14,
+	TP_CHECK_FLAGS = 15,
+	TP_CHECK_NEEDS_CHECK = 16,
+	TP_CHECK_NO_METADATA_SNAPSHOT = 17,
+	TP_CHECK_POOL_TIME = 18,	/* past 24 bits */
+	/* nodes */
+	TP_CHECK_NODE_FLAGS = 20,
+	TP_CHECK_NODE_SIZE = 21,	/* entries that do not fit */
+	TP_CHECK_NODE_VALUE_SIZE = 22,
+	TP_CHECK_NODE_MAX_ENTRIES = 23,
+	TP_CHECK_NODE_UNDERFULL = 24,
+	TP_CHECK_NODE_EMPTY = 25,	/* an internal node without children */
+	TP_CHECK_KEYS_OUT_OF_ORDER = 26,
+	TP_CHECK_KEYS_DUPLICATE = 27,
+	TP_CHECK_SEPARATOR_HIGH = 28,	/* a separator above its child's first key */
+	TP_CHECK_SEPARATOR_OVERLAP = 29, /* a child's last key at or past the next separator */
+	TP_CHECK_UNEQUAL_DEPTH = 30,
+	TP_CHECK_TOO_DEEP = 31,		/* a cycle, or more levels than any tree can have */
+	/* devices and mappings */
+	TP_CHECK_DEVICE_ID = 40,	/* past 24 bits */
+	TP_CHECK_DETAILS_MISSING = 41,
+	TP_CHECK_MAPPINGS_MISSING = 42,
+	TP_CHECK_MAPPED_BLOCKS = 43,
+	TP_CHECK_DETAILS_TIME = 44,	/* in the future of the pool */
+	TP_CHECK_MAPPING_PAST_END = 45,
+	TP_CHECK_MAPPING_TIME = 46,	/* in the future of the pool: a later snapshot would not be safe */
+	/* space maps */
+	TP_CHECK_SPACE_MAP_SIZE = 60,
+	TP_CHECK_INDEX_MISSING = 61,
+	TP_CHECK_INDEX_EXTRA = 62,
+	TP_CHECK_INDEX_BEYOND_END = 63,
+	TP_CHECK_BITS_BEYOND_END = 64,
+	TP_CHECK_COUNT_LOW = 65,
+	TP_CHECK_COUNT_HIGH = 66,
+	TP_CHECK_OVERFLOW_MISSING = 67,
+	TP_CHECK_OVERFLOW_EXTRA = 68,
+	TP_CHECK_OVERFLOW_SMALL = 69,
+	TP_CHECK_NR_ALLOCATED = 70,
+	TP_CHECK_NR_FREE = 71,
+	TP_CHECK_NONE_FREE_BEFORE = 72,
+	TP_CHECK_COUNTS_UNJUDGED = 73	/* leaks cannot be told while parts of the trees are unreadable */
+};
+
+struct tp_check;
+
+struct tp_check_options {
+	uint32_t use_metadata_snapshot;	/* the held one, which carries no space maps */
+	uint32_t skip_mappings;		/* devices' trees are not read, data counts not compared */
+	uint32_t nr_threads;		/* 0: two */
+	uint32_t max_faults;		/* kept; the others are counted. 0: 65536 */
+	uint64_t nr_data_blocks;	/* of the data device; 0: what the data space map says */
+};
+
+struct tp_check_fault {
+	uint32_t type;
+	uint32_t severity;
+	uint32_t structure;
+	uint32_t status;	/* of TP_CHECK_IO_ERROR, negated; 0 of the others */
+	uint64_t block;		/* the metadata block in which it stands */
+	uint64_t data_block;	/* the (first) data block concerned, UINT64_MAX for none */
+	uint64_t length;	/* this many neighbours have the same fault; 1 where there is one */
+	uint64_t device_id;	/* one device that is concerned, UINT64_MAX for none */
+	uint64_t key;		/* the key or index concerned, UINT64_MAX for none */
+	uint64_t found;
+	uint64_t wanted;
+	char message[256];
+};
+
+struct tp_check_summary {
+	uint64_t transaction_id;
+	uint32_t time;
+	uint32_t needs_check;
+	uint32_t superblock_valid;	/* else the three above are zeros */
+	uint32_t reserved;
+	uint64_t nr_faults;		/* kept */
+	uint64_t nr_fatal;		/* these three include what was not kept */
+	uint64_t nr_leaks;
+	uint64_t nr_notes;
+	uint64_t nr_leaked_data_blocks;
+	uint64_t nr_leaked_metadata_blocks;
+	uint64_t nr_devices;
+	uint64_t nr_mappings;		/* all devices', shared ones as often as they are mapped */
+	uint64_t nr_blocks_read;
+	uint64_t metadata_blocks_total;
+	uint64_t metadata_blocks_used;
+	uint64_t data_blocks_total;
+	uint64_t data_blocks_used;
+};
+
+struct tp_check_progress {
+	uint64_t done;		/* metadata blocks */
+	uint64_t total;		/* an upper bound until the end; 0 while unknown */
+};
+
+int tp_check_create(struct tp_bdev *metadata, const struct tp_check_options *options,
+		    struct tp_check **check_ret, struct tp_error *err);
+void tp_check_destroy(struct tp_check *check);
+/* Once a handle. 0 whatever it found; failure means that it could not look. May block. */
+int tp_check_run(struct tp_check *check, struct tp_error *err);
+/* From any thread while tp_check_run runs; cancel makes that return TP_E_INTERRUPTED. */
+void tp_check_get_progress(const struct tp_check *check, struct tp_check_progress *progress_ret);
+void tp_check_cancel(struct tp_check *check);
+/* After tp_check_run. Faults are ordered by structure, block and key. */
+void tp_check_get_summary(const struct tp_check *check, struct tp_check_summary *summary_ret);
+int tp_check_get_fault(const struct tp_check *check, uint64_t index,
+		       struct tp_check_fault *fault_ret);
+/* Stable names; NULL for a number that is none. */
+const char *tp_check_type_name(uint32_t type);
+const char *tp_check_severity_name(uint32_t severity);
+const char *tp_check_structure_name(uint32_t structure);
+
+struct tp_dump;
+
+struct tp_dump_superblock {
+	uint8_t uuid[16];
+	uint32_t flags;
+	uint32_t version;
+	uint32_t time;
+	uint32_t data_block_size;	/* sectors */
+	uint64_t transaction_id;
+	uint64_t held_root;		/* 0 for none */
+	uint64_t nr_data_blocks;	/* 0 in a metadata snapshot */
+	uint64_t nr_metadata_blocks;	/* 0 in a metadata snapshot */
+};
+
+struct tp_dump_device {
+	uint64_t id;
+	uint64_t mapped_blocks;
+	uint64_t transaction_id;
+	uint32_t creation_time;
+	uint32_t snapshotted_time;
+};
+
+/* Virtual blocks [begin, begin + length) at data blocks [data_begin, data_begin + length). */
+struct tp_dump_run {
+	uint64_t device_id;
+	uint64_t begin;
+	uint64_t data_begin;
+	uint64_t length;
+	uint32_t time;
+	uint32_t reserved;
+};
+
+/* Fails where the superblock or a device list cannot be trusted. Not thread-safe. May block. */
+int tp_dump_open(struct tp_bdev *metadata, uint32_t use_metadata_snapshot,
+		 struct tp_dump **dump_ret, struct tp_error *err);
+void tp_dump_close(struct tp_dump *dump);
+void tp_dump_get_superblock(const struct tp_dump *dump, struct tp_dump_superblock *superblock_ret);
+/* Up to max devices from the index'th on, in id order. */
+int tp_dump_devices(const struct tp_dump *dump, uint64_t index, struct tp_dump_device *devices,
+		    size_t max, size_t *count_ret);
+/* Start anew with one device: TP_E_VOLUME_NOT_FOUND. */
+int tp_dump_select(struct tp_dump *dump, uint64_t device_id, struct tp_error *err);
+/* Its next runs, as long as they can be; *count_ret 0 at the end. */
+int tp_dump_next(struct tp_dump *dump, struct tp_dump_run *runs, size_t max, size_t *count_ret,
+		 struct tp_error *err);
+
+enum tp_delta_kind {
+	TP_DELTA_SAME = 1,
+	TP_DELTA_DIFFERENT = 2,
+	TP_DELTA_LEFT_ONLY = 3,
+	TP_DELTA_RIGHT_ONLY = 4
+};
+
+struct tp_delta;
+
+struct tp_delta_options {
+	uint64_t left;			/* device ids */
+	uint64_t right;
+	uint32_t use_metadata_snapshot;
+	uint32_t with_same;		/* else shared subtrees are not read, and no SAME is given */
+	uint32_t by_data_block;		/* a run ends where its data blocks are no neighbours */
+	uint32_t nr_threads;		/* 0: two */
+};
+
+struct tp_delta_run {
+	uint64_t begin;
+	uint64_t length;
+	uint64_t left_data_begin;	/* of the first block; UINT64_MAX on the side that has none */
+	uint64_t right_data_begin;
+	uint32_t kind;
+	uint32_t reserved;
+};
+
+/* Data blocks are compared, times are not. Not thread-safe. May block. */
+int tp_delta_open(struct tp_bdev *metadata, const struct tp_delta_options *options,
+		  struct tp_delta **delta_ret, struct tp_error *err);
+void tp_delta_close(struct tp_delta *delta);
+/* Next runs in key order; *count_ret 0 at the end. */
+int tp_delta_next(struct tp_delta *delta, struct tp_delta_run *runs, size_t max,
+		  size_t *count_ret, struct tp_error *err);
+
+/* Data blocks that removing this whole set of devices would free. Reads every mapping. */
+int tp_exclusive(struct tp_bdev *metadata, uint32_t use_metadata_snapshot, const uint64_t *ids,
+		 size_t nr_ids, uint64_t *blocks_ret, struct tp_error *err);
+/* Data blocks that only ids[i] maps, into blocks_ret[i], each device by itself. */
+int tp_exclusive_each(struct tp_bdev *metadata, uint32_t use_metadata_snapshot,
+		      const uint64_t *ids, size_t nr_ids, uint64_t *blocks_ret,
+		      struct tp_error *err);
+
+/* The C core's view of the on-disk records, for the test that compares them with thinpool.format. */
+struct tp_disk_field {
+	const char *record;
+	const char *field;
+	uint32_t offset;	/* bytes */
+	uint32_t size;
+};
+/* TP_E_OUT_OF_RANGE past the last. */
+int tp_disk_field_at(size_t index, struct tp_disk_field *field_ret);
+
+/* cffi: end */
+
 #endif

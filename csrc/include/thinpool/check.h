@@ -1,0 +1,210 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * What the parts of the checker share; tp_check_*() in abi.h is its face.
+ *
+ * A check goes through these steps, each a file of its own:
+ *   check_counts.c       reference counts in memory
+ *   check_superblock.c   the superblock and the metadata snapshot's
+ *   check_tree.c         every node of the trees, once, level by level; counts references on the way
+ *   check_device.c       what the trees say of devices, put side by side
+ *   check_space_map.c    both space maps against the counted references
+ *   check_report.c       the faults and their words
+ *   check.c              the order of all that
+ *
+ * Every metadata block has an entry in `uses` (the first structure that claimed it, so that none
+ * stands in two) and in `counts` (how many pointers lead to it). Visitors run on all threads; they
+ * touch these through atomics, a block's own `info` only while they visit it.
+ */
+#ifndef THINPOOL_CHECK_H
+#define THINPOOL_CHECK_H
+
+#include <pthread.h>
+
+#include "thinpool/walk.h"
+
+/* ---- reference counts -------------------------------------------------------------------- */
+
+/*
+ * One byte a block, and a table for those that went past it. Grows only in memory that is touched.
+ * Atomic; tp_check_counts_get only while nobody adds.
+ */
+struct tp_check_counts {
+	uint8_t *low;
+	uint64_t nr;
+	pthread_mutex_t lock;
+	struct tp_check_carry *carries; /* open addressing; under lock */
+	uint64_t nr_carries;
+	uint64_t carries_room;
+	_Atomic bool failed; /* out of memory: the counts are of no use */
+};
+
+int tp_check_counts_init(struct tp_check_counts *counts, uint64_t nr, struct tp_error *err);
+void tp_check_counts_deinit(struct tp_check_counts *counts);
+void tp_check_counts_carry(struct tp_check_counts *counts, uint64_t block);
+uint64_t tp_check_counts_get(const struct tp_check_counts *counts, uint64_t block);
+
+/* One more; true when it is the first. block < nr. */
+static inline bool tp_check_counts_add(struct tp_check_counts *counts, uint64_t block)
+{
+	uint8_t before = __atomic_fetch_add(&counts->low[block], 1, __ATOMIC_RELAXED);
+
+	if (__builtin_expect(before == UINT8_MAX, 0))
+		tp_check_counts_carry(counts, block);
+	return before == 0;
+}
+
+/* ---- blocks ------------------------------------------------------------------------------ */
+
+enum tp_check_use {
+	TP_USE_NONE = 0,
+	TP_USE_SUPERBLOCK,
+	TP_USE_METADATA_SNAPSHOT,
+	TP_USE_MAPPING_TOP_LEVEL,
+	TP_USE_DEVICE_TREE,
+	TP_USE_DETAILS_TREE,
+	TP_USE_DATA_INDEX,
+	TP_USE_DATA_BITMAP,
+	TP_USE_DATA_OVERFLOW,
+	TP_USE_METADATA_INDEX,
+	TP_USE_METADATA_BITMAP,
+	TP_USE_METADATA_OVERFLOW
+};
+
+enum tp_check_structure tp_check_use_structure(enum tp_check_use use);
+
+#define TP_INFO_USABLE 1u	/* visited, and its entries may be used */
+#define TP_INFO_DONE 2u		/* the subtree below is known */
+#define TP_INFO_INCOMPLETE 4u	/* parts of the subtree could not be read */
+#define TP_INFO_UNDERFULL_SAID 8u
+#define TP_INFO_INTERNAL 16u
+
+/* Of a node. Of a bitmap, first_key is its index in the space map. */
+struct tp_check_info {
+	uint64_t first_key;	/* the node's own first key */
+	uint64_t last_key;	/* the last one in the subtree */
+	uint64_t nr_entries_below; /* in the leaves of the subtree */
+	uint32_t device;	/* one that leads here; UINT32_MAX: none or no legal id */
+	uint16_t nr_entries;
+	uint16_t max_entries;
+	uint8_t height;		/* 0: leaf */
+	uint8_t state;
+	bool empty;		/* no key in the whole subtree */
+};
+
+/* ---- the check --------------------------------------------------------------------------- */
+
+/* A fault as it is kept; words are made when they are asked for. */
+struct tp_check_record {
+	uint16_t type;
+	uint8_t severity;
+	uint8_t structure;
+	uint32_t device;	/* as in tp_check_info */
+	uint64_t block;
+	uint64_t data_block;
+	uint64_t length;
+	uint64_t key;
+	uint64_t found;
+	uint64_t wanted;
+};
+
+/* One space map's bitmaps. */
+struct tp_check_bitmap {
+	uint64_t block;		/* 0: no index entry names one */
+	uint64_t index_block;	/* where that entry stands */
+	uint32_t nr_free;
+	uint32_t none_free_before;
+};
+
+struct tp_check_space_map {
+	bool metadata;		/* else data */
+	uint64_t nr_blocks;	/* as it says itself */
+	uint64_t nr_allocated;
+	uint64_t bitmap_root;
+	uint64_t overflow_root;
+	uint64_t nr_bitmaps;	/* that are looked at */
+	struct tp_check_bitmap *bitmaps;
+	uint64_t *overflowing;	/* a bit a block: has an entry in the overflow tree */
+	struct tp_check_counts *counts;
+	bool compare_counts;
+	_Atomic uint64_t nr_used;	/* as found in the bitmaps */
+	_Atomic uint64_t nr_free_found;
+	_Atomic uint64_t nr_unjudged;	/* counts above what was found, in a damaged pool */
+	_Atomic bool unreadable;	/* a bitmap is missing or damaged */
+};
+
+struct tp_check {
+	struct tp_walk_reader *reader;
+	struct tp_check_options options;
+	struct tp_walk_superblock live;	/* or the metadata snapshot, when that is what is checked */
+	struct tp_walk_superblock held;
+	bool has_held;			/* held is valid, and part of this check */
+	bool superblock_valid;
+	bool stop;			/* nothing below the superblock can be looked at */
+	_Atomic uint64_t progress_total;
+	uint64_t nr_blocks;		/* metadata blocks that may be referred to */
+	uint64_t nr_data_blocks;	/* mappings at or past this are past the end; UINT64_MAX: unknown */
+
+	struct tp_check_counts counts;	/* of metadata blocks */
+	struct tp_check_counts data_counts;
+	uint8_t *uses;
+	struct tp_check_info *infos;
+	uint64_t *level;		/* bits: nodes to visit now */
+	uint64_t *next_level;
+	uint64_t *internals;		/* bits: internal nodes met in this walk */
+	struct tp_check_space_map data_map;
+	struct tp_check_space_map metadata_map;
+	struct tp_check_space_map *visiting; /* the one whose tree is being walked */
+	bool comparing_overflow;	/* its counts are complete: overflow leaves are compared */
+	_Atomic uint64_t nr_finished;	/* internal nodes, in one round */
+	_Atomic bool data_incomplete;	/* mappings are missing from the counts */
+	_Atomic bool metadata_incomplete;
+
+	pthread_mutex_t lock;		/* of the report */
+	struct tp_check_record *records;
+	uint64_t nr_records;
+	uint64_t records_room;
+	bool ran;
+	uint64_t nr_devices;
+	uint64_t nr_mappings;
+	uint64_t nr_severity[4];	/* by enum tp_check_severity */
+	uint64_t nr_leaked_data;
+	uint64_t nr_leaked_metadata;
+};
+
+/* check_report.c */
+struct tp_check_record tp_check_at(enum tp_check_type type, enum tp_check_severity severity,
+				   enum tp_check_structure structure, uint64_t block);
+/* Any thread. Keeps or merely counts it. */
+void tp_check_report(struct tp_check *check, struct tp_check_record record);
+/* A fault of one block as the walk's tests found it. */
+void tp_check_report_fault(struct tp_check *check, enum tp_check_use use, uint64_t block,
+			   const struct tp_walk_fault *fault);
+void tp_check_report_sort(struct tp_check *check);
+
+/* check_superblock.c: a failure says that nothing below can be looked at (and was reported). */
+int tp_check_superblocks(struct tp_check *check, struct tp_error *err);
+
+/* check_tree.c */
+/* Count a pointer to a block, and put it on the next level when it is the first. `from` is the
+ * block that holds the pointer. False when the pointer is of no use (and was reported). */
+bool tp_check_refer(struct tp_check *check, enum tp_check_use use, uint64_t block, uint64_t from,
+		    uint64_t key, uint32_t device);
+/* Visit what tp_check_refer has put on the next level, and everything below. */
+void tp_check_walk(struct tp_check *check);
+/* Whether a node was visited and everything below is known. */
+bool tp_check_whole(const struct tp_check *check, uint64_t block);
+
+/* check_device.c */
+int tp_check_devices(struct tp_check *check, struct tp_error *err);
+
+/* check_space_map.c */
+/* After the superblocks, before any walk; deinit takes what init left half made. */
+int tp_check_space_maps_init(struct tp_check *check, struct tp_error *err);
+void tp_check_space_maps_deinit(struct tp_check *check);
+int tp_check_space_maps(struct tp_check *check, struct tp_error *err);
+/* An entry of the data space map's index, an entry of an overflow tree: called by the walk. */
+void tp_check_index_entry(struct tp_check *check, uint64_t leaf, uint64_t key,
+			  const uint8_t *value);
+void tp_check_overflow_entry(struct tp_check *check, uint64_t leaf, uint64_t key, uint32_t count);
+
+#endif

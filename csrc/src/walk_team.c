@@ -1,0 +1,128 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* A team of threads that run one job together, and memory that costs what is touched. */
+#include <errno.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+
+#include "thinpool/error.h"
+#include "thinpool/walk.h"
+
+void *tp_walk_map(uint64_t bytes)
+{
+	void *memory;
+
+	if (bytes > PTRDIFF_MAX)
+		return NULL;
+	memory = mmap(NULL, bytes ? bytes : 1, PROT_READ | PROT_WRITE,
+		      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	return memory == MAP_FAILED ? NULL : memory;
+}
+
+void tp_walk_unmap(void *memory, uint64_t bytes)
+{
+	if (memory)
+		munmap(memory, bytes ? bytes : 1);
+}
+
+struct tp_walk_team {
+	pthread_mutex_t lock;
+	pthread_cond_t work;
+	pthread_cond_t idle;
+	tp_walk_job job;
+	void *argument;
+	uint64_t round;		/* of the job: a thread runs each round once */
+	unsigned nr_running;
+	unsigned nr_started;	/* threads beside the caller */
+	unsigned next_number;
+	bool stop;
+	pthread_t threads[TP_WALK_THREADS_MAX];
+};
+
+static void *member(void *argument)
+{
+	struct tp_walk_team *team = argument;
+	uint64_t seen = 0;
+	unsigned number;
+
+	pthread_mutex_lock(&team->lock);
+	number = ++team->next_number;
+	for (;;) {
+		while (team->round == seen && !team->stop)
+			pthread_cond_wait(&team->work, &team->lock);
+		if (team->stop)
+			break;
+		seen = team->round;
+		pthread_mutex_unlock(&team->lock);
+		team->job(team->argument, number);
+		pthread_mutex_lock(&team->lock);
+		if (--team->nr_running == 0)
+			pthread_cond_signal(&team->idle);
+	}
+	pthread_mutex_unlock(&team->lock);
+	return NULL;
+}
+
+int tp_walk_team_create(unsigned nr_threads, struct tp_walk_team **team_ret, struct tp_error *err)
+{
+	struct tp_walk_team *team;
+
+	if (nr_threads < 1 || nr_threads > TP_WALK_THREADS_MAX)
+		return tp_fail(err, TP_E_INVALID, "%u threads: wanted 1 to %u", nr_threads,
+			       TP_WALK_THREADS_MAX);
+	team = calloc(1, sizeof(*team));
+	if (!team)
+		return tp_fail(err, TP_E_NO_MEMORY, "no memory for %u threads", nr_threads);
+	pthread_mutex_init(&team->lock, NULL);
+	pthread_cond_init(&team->work, NULL);
+	pthread_cond_init(&team->idle, NULL);
+	while (team->nr_started < nr_threads - 1) {
+		int rc = pthread_create(&team->threads[team->nr_started], NULL, member, team);
+
+		if (rc) {
+			tp_walk_team_destroy(team);
+			return tp_fail_errno(err, TP_E_NO_MEMORY, rc, "cannot start a thread");
+		}
+		team->nr_started++;
+	}
+	*team_ret = team;
+	return 0;
+}
+
+void tp_walk_team_destroy(struct tp_walk_team *team)
+{
+	if (!team)
+		return;
+	pthread_mutex_lock(&team->lock);
+	team->stop = true;
+	pthread_cond_broadcast(&team->work);
+	pthread_mutex_unlock(&team->lock);
+	for (unsigned i = 0; i < team->nr_started; i++)
+		pthread_join(team->threads[i], NULL);
+	pthread_cond_destroy(&team->idle);
+	pthread_cond_destroy(&team->work);
+	pthread_mutex_destroy(&team->lock);
+	free(team);
+}
+
+unsigned tp_walk_team_size(const struct tp_walk_team *team)
+{
+	return team->nr_started + 1;
+}
+
+void tp_walk_team_run(struct tp_walk_team *team, tp_walk_job job, void *argument)
+{
+	pthread_mutex_lock(&team->lock);
+	TP_ASSERT(team->nr_running == 0);
+	team->job = job;
+	team->argument = argument;
+	team->nr_running = team->nr_started;
+	team->round++;
+	pthread_cond_broadcast(&team->work);
+	pthread_mutex_unlock(&team->lock);
+	job(argument, 0);
+	pthread_mutex_lock(&team->lock);
+	while (team->nr_running)
+		pthread_cond_wait(&team->idle, &team->lock);
+	pthread_mutex_unlock(&team->lock);
+}
