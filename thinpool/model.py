@@ -442,10 +442,14 @@ class Fault:
     Attributes:
         type: the stable name of the defect.
         severity: fatal, leak or note.
-        structure: where: superblock, mapping-tree, device-tree, data-space-map, ...
+        structure: where: superblock, device-tree, details-tree, data-space-map, ...
         block: the metadata block concerned.
         device_id: the thin device concerned.
         message: for people.
+        data_block: the (first) data block concerned.
+        length: so many neighbouring blocks have the same fault.
+        found: the number that stands there.
+        wanted: the number that should.
     """
 
     type: str
@@ -454,6 +458,10 @@ class Fault:
     block: int | None
     device_id: int | None
     message: str
+    data_block: int | None = None
+    length: int = 1
+    found: int | None = None
+    wanted: int | None = None
 
     def to_json(self) -> Json:
         """One element of ``faults``."""
@@ -464,6 +472,10 @@ class Fault:
             "block": self.block,
             "device_id": self.device_id,
             "message": self.message,
+            "data_block": self.data_block,
+            "length": self.length,
+            "found": self.found,
+            "wanted": self.wanted,
         }
 
 
@@ -476,12 +488,24 @@ class CheckReport:
         clean: no fault is fatal or a leak.
         transaction_id: the superblock's; None where that cannot be read.
         faults: everything found.
+        needs_check: the pool is read-only until this is cleared; None as transaction_id.
+        devices: how many there are.
+        mappings: of all devices, shared ones as often as they are mapped.
+        leaked_data_blocks: counted and used by nothing.
+        leaked_metadata_blocks: likewise.
+        omitted: faults past the most that are kept.
     """
 
     pool: str | None
     clean: bool
     transaction_id: int | None
     faults: tuple[Fault, ...]
+    needs_check: bool | None = None
+    devices: int = 0
+    mappings: int = 0
+    leaked_data_blocks: int = 0
+    leaked_metadata_blocks: int = 0
+    omitted: int = 0
 
     def to_json(self) -> Json:
         """The shape of ``check``."""
@@ -491,6 +515,12 @@ class CheckReport:
             "clean": self.clean,
             "transaction_id": self.transaction_id,
             "faults": [fault.to_json() for fault in self.faults],
+            "needs_check": self.needs_check,
+            "devices": self.devices,
+            "mappings": self.mappings,
+            "leaked_data_blocks": self.leaked_data_blocks,
+            "leaked_metadata_blocks": self.leaked_metadata_blocks,
+            "omitted": self.omitted,
         }
 
     @classmethod

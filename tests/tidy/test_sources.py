@@ -26,15 +26,25 @@ LAYERS: dict[str, set[str]] = {
     "thinpool.model": BASE,
     "thinpool._native": set(),
     "thinpool.engine": BASE | {"thinpool._native"},
+    "thinpool.check": BASE | {"thinpool._native", "thinpool.engine"},
     "thinpool.format": BASE | {"thinpool._native"},
     "thinpool.host": BASE,
-    "thinpool.store": BASE | {"thinpool.engine", "thinpool.format", "thinpool.host"},
+    "thinpool.store": BASE
+    | {"thinpool.check", "thinpool.engine", "thinpool.format", "thinpool.host"},
     "thinpool.oci": BASE | {"thinpool.host"},
     "thinpool.server": BASE
-    | {"thinpool._native", "thinpool.engine", "thinpool.format", "thinpool.host", "thinpool.store"},
+    | {
+        "thinpool._native",
+        "thinpool.check",
+        "thinpool.engine",
+        "thinpool.format",
+        "thinpool.host",
+        "thinpool.store",
+    },
     "thinpool.api": BASE
     | {
         "thinpool",
+        "thinpool.check",
         "thinpool.engine",
         "thinpool.format",
         "thinpool.host",
@@ -43,7 +53,8 @@ LAYERS: dict[str, set[str]] = {
         "thinpool.store",
     },
     "thinpool.__main__": {"thinpool.cli"},
-    "thinpool.cli": BASE | {"thinpool", "thinpool.api", "thinpool.format", "thinpool.host"},
+    "thinpool.cli": BASE
+    | {"thinpool", "thinpool.api", "thinpool.check", "thinpool.format", "thinpool.host"},
 }
 
 BANNED_IN_C = {
