@@ -56,8 +56,10 @@ docs: ## write the generated tables
 docs-check:
 	$(PYTHON) tools/gen_format_doc.py --check
 
-bench:
+bench: ## minutes; as root, with fio, for the second
 	$(PYTHON) tools/bench_allocator.py
+	mkdir -p $(BUILD)
+	$(PYTHON) tools/bench_fuse.py --directory $(BUILD)
 
 soak: ## hours: random models and crash images, far beyond what the suite does
 	THINPOOL_PROFILE=soak $(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup --timeout 0 tests

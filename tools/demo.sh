@@ -79,7 +79,7 @@ our_loops() { losetup --list --noheadings --output NAME,BACK-FILE | awk -v w="$W
 our_processes() {
 	env -u THINPOOL_DEMO grep -lzxF "THINPOOL_DEMO=$WORK" /proc/[0-9]*/environ 2>/dev/null |
 		while IFS=/ read -r _ _ process _; do
-			[ -z "$(tr -d '\0' <"/proc/$process/cmdline" 2>/dev/null)" ] || echo "$process"
+			[ -z "$({ tr -d '\0' <"/proc/$process/cmdline"; } 2>/dev/null)" ] || echo "$process"
 		done
 }
 count() {
