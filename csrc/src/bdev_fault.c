@@ -63,7 +63,7 @@ static int matches(const struct rule *rule, uint32_t op, uint64_t offset, uint64
 /* Count the operation; the rule that acts on it, or one of kind 0. */
 static struct rule arrive(struct fault_bdev *fault, uint32_t op, uint64_t offset, uint64_t length)
 {
-	struct rule acting = {0};
+	struct rule acting = { 0 };
 
 	pthread_mutex_lock(&fault->lock);
 	fault->operations++;

@@ -159,7 +159,7 @@ static int log_write(struct tp_bdev *bdev, uint64_t offset, const void *buffer, 
 		     struct tp_error *err)
 {
 	struct log_bdev *device = as_log(bdev);
-	struct entry entry = {{TP_LOG_WRITE, device->device, offset, length}, NULL};
+	struct entry entry = { { TP_LOG_WRITE, device->device, offset, length }, NULL };
 	uint64_t ignored;
 	int status;
 
@@ -177,7 +177,7 @@ static int log_write(struct tp_bdev *bdev, uint64_t offset, const void *buffer, 
 static int log_flush(struct tp_bdev *bdev, struct tp_error *err)
 {
 	struct log_bdev *device = as_log(bdev);
-	struct entry entry = {{TP_LOG_FLUSH, device->device, 0, 0}, NULL};
+	struct entry entry = { { TP_LOG_FLUSH, device->device, 0, 0 }, NULL };
 	int status;
 
 	if (promise(device->log, &entry.public.offset))
@@ -189,7 +189,7 @@ static int log_flush(struct tp_bdev *bdev, struct tp_error *err)
 static int log_punch(struct tp_bdev *bdev, uint64_t offset, uint64_t length, struct tp_error *err)
 {
 	struct log_bdev *device = as_log(bdev);
-	struct entry entry = {{TP_LOG_PUNCH, device->device, offset, length}, NULL};
+	struct entry entry = { { TP_LOG_PUNCH, device->device, offset, length }, NULL };
 	uint64_t ignored;
 	int status;
 
@@ -316,7 +316,7 @@ int tp_bdev_log_payload(const struct tp_bdev *bdev, uint64_t index, void *buffer
 int tp_bdev_log_mark(struct tp_bdev *bdev, uint64_t number)
 {
 	struct log_bdev *device = as_log(bdev);
-	struct entry entry = {{TP_LOG_MARK, 0, number, 0}, NULL};
+	struct entry entry = { { TP_LOG_MARK, 0, number, 0 }, NULL };
 	uint64_t ignored;
 
 	if (!device)

@@ -13,11 +13,11 @@
 
 #include "thinpool/error.h"
 
-#define NR_LOCKS 8192u		/* a power of two; 64 bytes each, so that neighbours do not collide */
+#define NR_LOCKS  8192u /* a power of two; 64 bytes each, so that neighbours do not collide */
 #define EXCLUSIVE 0x80000000u
-#define WANTED 0x40000000u	/* an exclusive user waits */
-#define SLEEPERS 0x20000000u
-#define HOLDERS 0x1fffffffu
+#define WANTED    0x40000000u /* an exclusive user waits */
+#define SLEEPERS  0x20000000u
+#define HOLDERS   0x1fffffffu
 
 struct lock {
 	_Alignas(64) _Atomic uint32_t word;
@@ -68,8 +68,7 @@ bool tp_block_lock_try_shared(struct tp_block_locks *locks, uint32_t index)
 	do {
 		if (seen & (EXCLUSIVE | WANTED))
 			return false;
-	} while (!atomic_compare_exchange_weak_explicit(word, &seen, seen + 1,
-							memory_order_acquire,
+	} while (!atomic_compare_exchange_weak_explicit(word, &seen, seen + 1, memory_order_acquire,
 							memory_order_relaxed));
 	return true;
 }

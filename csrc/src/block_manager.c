@@ -8,20 +8,24 @@
 #include "thinpool/disk_format.h"
 #include "thinpool/error.h"
 
-#define HASH_SIZE_MIN 1024u
-#define WRITE_BATCH 64u			/* neighbours written in one call: 256 KiB */
+#define HASH_SIZE_MIN       1024u
+#define WRITE_BATCH         64u /* neighbours written in one call: 256 KiB */
 #define DEFAULT_CACHE_BYTES (UINT64_C(32) << 20)
 
-enum block_state { CLEAN, NEW, SEALED };
+enum block_state {
+	CLEAN,
+	NEW,
+	SEALED
+};
 
 struct md_block {
 	uint64_t nr;
 	uint8_t *data;
 	struct md_block *hash_next;
-	struct md_block *prev, *next;	/* in the list of its state */
+	struct md_block *prev, *next; /* in the list of its state */
 	uint8_t state;
 	uint8_t kind;
-	bool used;			/* since the clock hand passed */
+	bool used; /* since the clock hand passed */
 };
 
 struct block_list {
@@ -33,7 +37,7 @@ struct tp_block_manager {
 	struct tp_bdev *bdev;
 	uint64_t clean_max;
 	struct md_block **hash;
-	uint64_t hash_size;		/* a power of two */
+	uint64_t hash_size; /* a power of two */
 	uint64_t nr_cached;
 	struct block_list clean, fresh, sealed;
 };
@@ -226,9 +230,10 @@ static int validate_node(const struct tp_disk_node *node, uint64_t nr, struct tp
 				     (unsigned long)nr, flags);
 	if (value_size > TP_MD_BLOCK_SIZE || max > TP_MD_BLOCK_SIZE || n > max ||
 	    TP_NODE_HEADER_SIZE + (uint64_t)max * (8 + value_size) > TP_MD_BLOCK_SIZE)
-		return tp_fail_block(err, TP_E_NODE_MALFORMED, nr, n, max,
-				     "node %lu does not fit its block: %u of %u entries of %u bytes",
-				     (unsigned long)nr, n, max, value_size);
+		return tp_fail_block(
+			err, TP_E_NODE_MALFORMED, nr, n, max,
+			"node %lu does not fit its block: %u of %u entries of %u bytes",
+			(unsigned long)nr, n, max, value_size);
 	if (internal && (value_size != 8 || !n))
 		return tp_fail_block(err, TP_E_NODE_MALFORMED, nr, value_size, 8,
 				     "internal node %lu has %u entries of %u bytes",
@@ -277,8 +282,7 @@ int tp_bm_read(struct tp_block_manager *bm, uint64_t block, enum tp_block_kind k
 		*data_ret = b->data;
 		return 0;
 	}
-	if (block == TP_SUPERBLOCK_LOCATION ||
-	    block >= tp_bdev_size(bm->bdev) / TP_MD_BLOCK_SIZE)
+	if (block == TP_SUPERBLOCK_LOCATION || block >= tp_bdev_size(bm->bdev) / TP_MD_BLOCK_SIZE)
 		return tp_fail_block(err, TP_E_OUT_OF_RANGE, block, block,
 				     tp_bdev_size(bm->bdev) / TP_MD_BLOCK_SIZE,
 				     "metadata block %lu is referred to and does not exist",
@@ -299,8 +303,8 @@ int tp_bm_read(struct tp_block_manager *bm, uint64_t block, enum tp_block_kind k
 	return 0;
 }
 
-int tp_bm_new(struct tp_block_manager *bm, uint64_t block, enum tp_block_kind kind,
-	      void **data_ret, struct tp_error *err)
+int tp_bm_new(struct tp_block_manager *bm, uint64_t block, enum tp_block_kind kind, void **data_ret,
+	      struct tp_error *err)
 {
 	struct md_block *b = find(bm, block);
 	struct tp_disk_block_header *h;
@@ -353,7 +357,7 @@ static int compare_blocks(const void *a, const void *b)
 {
 	const struct md_block *const *x = a, *const *y = b;
 
-	return (*x)->nr < (*y)->nr ? -1 : (*x)->nr > (*y)->nr;
+	return (*x)->nr<(*y)->nr ? -1 : (*x)->nr>(*y)->nr;
 }
 
 int tp_bm_write_sealed(struct tp_block_manager *bm, struct tp_error *err)
@@ -366,8 +370,8 @@ int tp_bm_write_sealed(struct tp_block_manager *bm, struct tp_error *err)
 	if (!n)
 		return 0;
 	order = malloc(n * sizeof(struct md_block *));
-	if (!order || posix_memalign(&staging, TP_MD_BLOCK_SIZE,
-				     (size_t)WRITE_BATCH * TP_MD_BLOCK_SIZE)) {
+	if (!order ||
+	    posix_memalign(&staging, TP_MD_BLOCK_SIZE, (size_t)WRITE_BATCH * TP_MD_BLOCK_SIZE)) {
 		free(order);
 		return tp_fail(err, TP_E_NO_MEMORY, "no memory to write metadata");
 	}
@@ -376,8 +380,9 @@ int tp_bm_write_sealed(struct tp_block_manager *bm, struct tp_error *err)
 	TP_ASSERT(i == n);
 	qsort(order, n, sizeof(struct md_block *), compare_blocks);
 	for (i = 0; i < n && !r; i += run) {
-		for (run = 0; i + run < n && run < WRITE_BATCH &&
-			      order[i + run]->nr == order[i]->nr + run; run++) {
+		for (run = 0;
+		     i + run < n && run < WRITE_BATCH && order[i + run]->nr == order[i]->nr + run;
+		     run++) {
 			uint8_t *to = (uint8_t *)staging + run * TP_MD_BLOCK_SIZE;
 			struct tp_disk_block_header *h = (struct tp_disk_block_header *)to;
 

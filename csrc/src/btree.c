@@ -78,11 +78,10 @@ static int check_node(const struct tp_btree *tree, const struct tp_disk_node *n,
 		      struct tp_error *err)
 {
 	if (is_leaf(n) && tp_le32_get(n->header.value_size) != tree->value_size)
-		return tp_fail_block(err, TP_E_NODE_MALFORMED, block,
-				     tp_le32_get(n->header.value_size), tree->value_size,
-				     "leaf %lu has values of %u bytes, its tree of %u",
-				     (unsigned long)block, tp_le32_get(n->header.value_size),
-				     tree->value_size);
+		return tp_fail_block(
+			err, TP_E_NODE_MALFORMED, block, tp_le32_get(n->header.value_size),
+			tree->value_size, "leaf %lu has values of %u bytes, its tree of %u",
+			(unsigned long)block, tp_le32_get(n->header.value_size), tree->value_size);
 	return 0;
 }
 
@@ -467,9 +466,10 @@ static int refill(const struct tp_btree *tree, struct tp_disk_node *parent, uint
 		return r;
 	if (is_leaf(left) != is_leaf(right))
 		return tp_fail_block(err, TP_E_NODE_MALFORMED, right_block, is_leaf(right),
-				     is_leaf(left), "nodes %lu and %lu are neighbours of unequal "
-				     "depth", (unsigned long)left_block,
-				     (unsigned long)right_block);
+				     is_leaf(left),
+				     "nodes %lu and %lu are neighbours of unequal "
+				     "depth",
+				     (unsigned long)left_block, (unsigned long)right_block);
 	left_nr = nr_entries(left);
 	right_nr = nr_entries(right);
 	total = left_nr + right_nr;
@@ -557,8 +557,7 @@ int tp_btree_remove(const struct tp_btree *tree, uint64_t *root, uint64_t key, v
 	return collapse_root(tree, root, err);
 }
 
-static int delete_node(const struct tp_btree *tree, uint64_t block, int depth,
-		       struct tp_error *err)
+static int delete_node(const struct tp_btree *tree, uint64_t block, int depth, struct tp_error *err)
 {
 	const struct tp_disk_node *n;
 	uint32_t i;

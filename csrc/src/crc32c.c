@@ -32,7 +32,7 @@
 	T16(b, __VA_ARGS__), T16((b) + 16, __VA_ARGS__), T16((b) + 32, __VA_ARGS__),               \
 		T16((b) + 48, __VA_ARGS__)
 #define T256(...)                                                                                  \
-	{T64(0, __VA_ARGS__), T64(64, __VA_ARGS__), T64(128, __VA_ARGS__), T64(192, __VA_ARGS__)}
+	{ T64(0, __VA_ARGS__), T64(64, __VA_ARGS__), T64(128, __VA_ARGS__), T64(192, __VA_ARGS__) }
 
 /* clang-format off */
 static const uint32_t table[8][256] = {

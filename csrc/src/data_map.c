@@ -8,9 +8,9 @@
 #include "thinpool/error.h"
 
 struct index_entry {
-	uint64_t block;			/* of the bitmap */
-	struct tp_disk_bitmap *owned;	/* the changeable bitmap in this transaction, or NULL */
-	bool dirty;			/* its index entry is out of date */
+	uint64_t block;               /* of the bitmap */
+	struct tp_disk_bitmap *owned; /* the changeable bitmap in this transaction, or NULL */
+	bool dirty;                   /* its index entry is out of date */
 };
 
 struct tp_data_map {
@@ -117,8 +117,8 @@ static int set_pair(struct tp_data_map *map, uint64_t block, unsigned pair, stru
 		entry->dirty = true;
 	}
 	word = &entry->owned->words[e / TP_WORD_ENTRIES];
-	*word = tp_le64_put(tp_word_with_count(tp_le64_get(*word), (unsigned)(e % TP_WORD_ENTRIES),
-					       pair));
+	*word = tp_le64_put(
+		tp_word_with_count(tp_le64_get(*word), (unsigned)(e % TP_WORD_ENTRIES), pair));
 	return 0;
 }
 
@@ -141,7 +141,8 @@ int tp_data_map_count(struct tp_data_map *map, uint64_t block, uint32_t *count_r
 	if (r == TP_E_KEY_NOT_FOUND)
 		return tp_fail_block(err, TP_E_SPACE_MAP_MALFORMED, block, 0, TP_COUNT_OVERFLOW,
 				     "data block %lu is counted 3 or more and has no overflow "
-				     "entry", (unsigned long)block);
+				     "entry",
+				     (unsigned long)block);
 	*count_ret = r ? 0 : tp_le32_get(value.count);
 	return r;
 }

@@ -17,12 +17,12 @@
 
 #include "pool_private.h"
 
-#define COPY_BYTES (UINT32_C(1) << 20)
+#define COPY_BYTES      (UINT32_C(1) << 20)
 #define IO_BUFFER_ALIGN 4096u
 
-struct span {			/* a part of one volume block */
+struct span { /* a part of one volume block */
 	uint64_t block;
-	uint32_t within;	/* bytes */
+	uint32_t within; /* bytes */
 	uint32_t length;
 };
 
@@ -137,7 +137,9 @@ static bool take_hole_bit(struct tp_pool *pool, uint64_t block)
 	return hole;
 }
 
-enum { NEEDS_COMMIT = 1 };
+enum {
+	NEEDS_COMMIT = 1
+};
 
 static int try_reserve(struct tp_pool *pool, uint64_t *block_ret, bool *hole_ret,
 		       struct tp_error *err)
@@ -165,8 +167,7 @@ static int try_reserve(struct tp_pool *pool, uint64_t *block_ret, bool *hole_ret
 }
 
 /* A block that nothing refers to yet. TP_E_DATA_SPACE: the caller may wait and try again. */
-static int reserve(struct tp_pool *pool, uint64_t *block_ret, bool *hole_ret,
-		   struct tp_error *err)
+static int reserve(struct tp_pool *pool, uint64_t *block_ret, bool *hole_ret, struct tp_error *err)
 {
 	int attempt, r = NEEDS_COMMIT;
 
@@ -407,7 +408,8 @@ static int write_span(struct tp_volume *volume, struct span s, const uint8_t *da
 			atomic_store(&pool->host_full, 1);
 			if (atomic_load(&pool->mode) == TP_MODE_RW)
 				tp_pool_set_mode(pool, TP_MODE_OUT_OF_DATA_SPACE);
-			r = tp_fail(&e, TP_E_DATA_SPACE, "the filesystem that holds the pool's "
+			r = tp_fail(&e, TP_E_DATA_SPACE,
+				    "the filesystem that holds the pool's "
 				    "data is full");
 		} else if (!r && atomic_load_explicit(&pool->host_full, memory_order_relaxed)) {
 			atomic_store(&pool->host_full, 0);
@@ -499,8 +501,7 @@ static int unmap_block(struct tp_volume *volume, uint64_t block, struct tp_error
 }
 
 /* Unmap every mapped block of [begin, end). */
-static int unmap_range(struct tp_volume *volume, uint64_t begin, uint64_t end,
-		       struct tp_error *err)
+static int unmap_range(struct tp_volume *volume, uint64_t begin, uint64_t end, struct tp_error *err)
 {
 	struct tp_pool *pool = volume->pool;
 	uint64_t value;
@@ -543,7 +544,7 @@ int tp_volume_discard(struct tp_volume *volume, uint64_t offset, uint64_t length
 	if (r || volume->pool->options.discard_mode == TP_DISCARD_IGNORE)
 		return r;
 	if (atomic_load(&volume->pool->mode) == TP_MODE_RO)
-		return 0;	/* as the kernel: succeeds without effect */
+		return 0; /* as the kernel: succeeds without effect */
 	end = (offset + length) / size;
 	/* The last block of a volume may be partial: it is whole when the range reaches its end. */
 	if (offset + length == tp_volume_size(volume))
@@ -569,8 +570,7 @@ static int zero_span(struct tp_volume *volume, struct span s, struct tp_error *e
 	return r;
 }
 
-int tp_volume_zero(struct tp_volume *volume, uint64_t offset, uint64_t length,
-		   struct tp_error *err)
+int tp_volume_zero(struct tp_volume *volume, uint64_t offset, uint64_t length, struct tp_error *err)
 {
 	struct tp_pool *pool = volume->pool;
 	uint64_t end = offset + length, size;
@@ -582,9 +582,9 @@ int tp_volume_zero(struct tp_volume *volume, uint64_t offset, uint64_t length,
 		bool to_end = offset + s.length == size;
 
 		if (!s.within && (s.length == pool->block_size || to_end)) {
-			uint64_t last = end == size ? (end + pool->block_size - 1) /
-							      pool->block_size :
-						      end / pool->block_size;
+			uint64_t last = end == size
+						? (end + pool->block_size - 1) / pool->block_size
+						: end / pool->block_size;
 
 			r = unmap_range(volume, s.block, last, err);
 			offset = last * pool->block_size < end ? last * pool->block_size : end;
@@ -602,8 +602,8 @@ int tp_volume_flush(struct tp_volume *volume, struct tp_error *err)
 {
 	struct tp_pool *pool = volume->pool;
 
-	return tp_pool_flush_round(pool, atomic_load(&volume->changed_in) >
-				   atomic_load(&pool->committed), err);
+	return tp_pool_flush_round(
+		pool, atomic_load(&volume->changed_in) > atomic_load(&pool->committed), err);
 }
 
 int tp_volume_next_data(struct tp_volume *volume, uint64_t offset, uint64_t *begin_ret,
@@ -616,8 +616,8 @@ int tp_volume_next_data(struct tp_volume *volume, uint64_t offset, uint64_t *beg
 	if (offset >= size)
 		return TP_E_KEY_NOT_FOUND;
 	pthread_mutex_lock(&pool->md_lock);
-	r = tp_md_next_mapping(pool->md, volume->device, offset / pool->block_size, &block,
-			       &value, err);
+	r = tp_md_next_mapping(pool->md, volume->device, offset / pool->block_size, &block, &value,
+			       err);
 	if (!r && block * pool->block_size >= size)
 		r = TP_E_KEY_NOT_FOUND;
 	if (!r) {
@@ -625,8 +625,7 @@ int tp_volume_next_data(struct tp_volume *volume, uint64_t offset, uint64_t *beg
 		next = block;
 		while (!r && next == block && block * pool->block_size < size) {
 			block++;
-			r = tp_md_next_mapping(pool->md, volume->device, block, &next, &value,
-					       err);
+			r = tp_md_next_mapping(pool->md, volume->device, block, &next, &value, err);
 		}
 		*end_ret = block * pool->block_size < size ? block * pool->block_size : size;
 		r = r == TP_E_KEY_NOT_FOUND ? 0 : r;
@@ -642,8 +641,8 @@ int tp_volume_lookup(struct tp_volume *volume, uint64_t block, uint64_t *data_bl
 	uint64_t entry;
 	int r;
 
-	if (block >= (tp_volume_size(volume) + volume->pool->block_size - 1) /
-			     volume->pool->block_size)
+	if (block >=
+	    (tp_volume_size(volume) + volume->pool->block_size - 1) / volume->pool->block_size)
 		return tp_fail(err, TP_E_OUT_OF_RANGE, "volume %u has no block %lu", volume->id,
 			       (unsigned long)block);
 	r = tp_cache_load(volume, block, &entry, err);

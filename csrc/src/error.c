@@ -33,8 +33,8 @@ int tp_fail(struct tp_error *err, int status, const char *format, ...)
 	return status;
 }
 
-int tp_fail_block(struct tp_error *err, int status, uint64_t block, uint64_t found,
-		  uint64_t wanted, const char *format, ...)
+int tp_fail_block(struct tp_error *err, int status, uint64_t block, uint64_t found, uint64_t wanted,
+		  const char *format, ...)
 {
 	va_list args;
 
@@ -76,8 +76,8 @@ void tp_assert_failed(const char *condition, const char *file, int line)
 const char *tp_status_name(int status)
 {
 	switch ((enum tp_status)status) {
-#define NAME(s)                                                                                   \
-	case s:                                                                                   \
+#define NAME(s)                                                                                    \
+	case s:                                                                                    \
 		return #s
 		NAME(TP_OK);
 		NAME(TP_E_NO_MEMORY);

@@ -8,21 +8,21 @@
 #include "thinpool/disk_format.h"
 #include "thinpool/error.h"
 
-#define REDO_MAGIC UINT64_C(0x31676f6c6f646572)
+#define REDO_MAGIC  UINT64_C(0x31676f6c6f646572)
 #define RECORDS_MIN 64u
 
 /* Positions count records since the log was made; a record stands at position % capacity. */
 struct header {
 	uint64_t magic;
 	uint64_t capacity;
-	_Atomic uint64_t head;		/* next to be written */
-	_Atomic uint64_t tail;		/* first that is not committed */
-	_Atomic uint64_t sealed;	/* up to here the pending superblock covers; 0: none is pending */
+	_Atomic uint64_t head;   /* next to be written */
+	_Atomic uint64_t tail;   /* first that is not committed */
+	_Atomic uint64_t sealed; /* up to here the pending superblock covers; 0: none is pending */
 	uint8_t superblock[TP_MD_BLOCK_SIZE];
 };
 
 struct tp_redo_log {
-	struct header *header;		/* NULL: keeps nothing */
+	struct header *header; /* NULL: keeps nothing */
 	struct tp_redo_record *records;
 };
 
@@ -102,8 +102,8 @@ void tp_redo_append(struct tp_redo_log *log, enum tp_redo_kind kind, uint32_t de
 		return;
 	TP_ASSERT(tp_redo_has_room(log, 1));
 	head = atomic_load_explicit(&h->head, memory_order_relaxed);
-	log->records[head % h->capacity] = (struct tp_redo_record){ .kind = kind, .device = device,
-								    .a = a, .b = b };
+	log->records[head % h->capacity] =
+		(struct tp_redo_record){ .kind = kind, .device = device, .a = a, .b = b };
 	atomic_store_explicit(&h->head, head + 1, memory_order_release);
 }
 

@@ -23,10 +23,10 @@
 #include "thinpool/abi.h"
 
 enum tp_redo_kind {
-	TP_REDO_PROVISION = 1,	/* a: virtual block, b: data block */
-	TP_REDO_UNMAP = 2,	/* a: virtual block */
+	TP_REDO_PROVISION = 1, /* a: virtual block, b: data block */
+	TP_REDO_UNMAP = 2,     /* a: virtual block */
 	TP_REDO_CREATE = 3,
-	TP_REDO_SNAPSHOT = 4,	/* a: origin */
+	TP_REDO_SNAPSHOT = 4, /* a: origin */
 	TP_REDO_DELETE = 5,
 	TP_REDO_TRANSACTION_ID = 6 /* a: the new one */
 };

@@ -70,8 +70,8 @@ static void open_ring(struct data_state *state)
 	state->has_ring = io_uring_queue_init_params(SQ_ENTRIES, &state->ring, &params) == 0;
 	if (!state->has_ring) {
 		/* Kernels before 6.1 lack the two. */
-		params = (struct io_uring_params){.flags = IORING_SETUP_CQSIZE,
-						  .cq_entries = CQ_ENTRIES};
+		params = (struct io_uring_params){ .flags = IORING_SETUP_CQSIZE,
+						   .cq_entries = CQ_ENTRIES };
 		state->has_ring =
 			io_uring_queue_init_params(SQ_ENTRIES, &state->ring, &params) == 0;
 	}
@@ -368,7 +368,7 @@ static bool stopping(const struct data_state *state)
 static void await(struct data_state *state)
 {
 	const uint32_t ms = state->server->options.trim_ms;
-	struct __kernel_timespec timeout = {ms / 1000, (ms % 1000) * 1000000L};
+	struct __kernel_timespec timeout = { ms / 1000, (ms % 1000) * 1000000L };
 	bool trim = state->touched && !state->pending;
 	struct io_uring_cqe *cqe;
 	int status;
@@ -391,8 +391,8 @@ static void await(struct data_state *state)
 static void await_by_poll(struct data_state *state)
 {
 	struct pollfd fds[2] = {
-		{.fd = state->thread->event_fd, .events = POLLIN},
-		{.fd = state->starved ? -1 : state->thread->fuse_fd, .events = POLLIN},
+		{ .fd = state->thread->event_fd, .events = POLLIN },
+		{ .fd = state->starved ? -1 : state->thread->fuse_fd, .events = POLLIN },
 	};
 	int n = poll(fds, 2, state->touched ? (int)state->server->options.trim_ms : -1);
 

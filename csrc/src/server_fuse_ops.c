@@ -171,7 +171,7 @@ static void do_open(struct tp_fuse_server *server, struct slot *slot)
 
 static void do_opendir(struct tp_fuse_server *server, struct slot *slot)
 {
-	struct fuse_open_out out = {0};
+	struct fuse_open_out out = { 0 };
 
 	tp_fuse_reply(server, slot, slot->header->nodeid == FUSE_ROOT_ID ? 0 : -ENOTDIR, &out,
 		      sizeof(out));
@@ -275,7 +275,7 @@ static int seek(struct tp_fuse_file *file, uint64_t offset, uint32_t whence, uin
 {
 	uint64_t size = file->ops->size(file->target);
 	uint64_t begin, end;
-	struct tp_error err = {0};
+	struct tp_error err = { 0 };
 	int status;
 
 	if (whence != SEEK_DATA && whence != SEEK_HOLE)
@@ -307,7 +307,7 @@ static int seek(struct tp_fuse_file *file, uint64_t offset, uint32_t whence, uin
 static void do_lseek(struct tp_fuse_server *server, struct slot *slot)
 {
 	const struct fuse_lseek_in *in = slot->request.arg;
-	struct fuse_lseek_out out = {0};
+	struct fuse_lseek_out out = { 0 };
 	struct tp_fuse_file *file = tp_fuse_files_get(&server->files, slot->header->nodeid);
 	int error = -ENOENT;
 

@@ -14,8 +14,8 @@ static int send_reply(int fd, uint64_t unique, int error, const void *payload, s
 		.unique = unique,
 	};
 	struct iovec parts[2] = {
-		{.iov_base = &header, .iov_len = sizeof(header)},
-		{.iov_base = (void *)payload, .iov_len = length},
+		{ .iov_base = &header, .iov_len = sizeof(header) },
+		{ .iov_base = (void *)payload, .iov_len = length },
 	};
 	ssize_t n;
 
@@ -57,7 +57,7 @@ void tp_fuse_reply(struct tp_fuse_server *server, struct slot *slot, int error, 
 
 void tp_fuse_reply_again(struct tp_fuse_server *server, struct slot *slot)
 {
-	struct fuse_write_out out = {.size = slot->shared->written};
+	struct fuse_write_out out = { .size = slot->shared->written };
 
 	if (slot->header->opcode == FUSE_WRITE)
 		tp_fuse_reply(server, slot, slot->shared->error, &out, sizeof(out));

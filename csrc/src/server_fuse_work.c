@@ -23,7 +23,7 @@ static void let_go(struct tp_fuse_server *server, struct slot *slot)
 
 static void do_read(struct tp_fuse_server *server, struct slot *slot)
 {
-	struct tp_error err = {0};
+	struct tp_error err = { 0 };
 	int error = slot->file ? 0 : tp_fuse_prepare_io(server, slot);
 	int status;
 
@@ -43,7 +43,7 @@ static void do_read(struct tp_fuse_server *server, struct slot *slot)
 
 static void do_write(struct tp_fuse_server *server, struct slot *slot)
 {
-	struct tp_error err = {0};
+	struct tp_error err = { 0 };
 	int error = slot->file ? 0 : tp_fuse_prepare_io(server, slot);
 	int status;
 
@@ -101,7 +101,7 @@ static void do_fallocate(struct tp_fuse_server *server, struct slot *slot)
 	const struct fuse_fallocate_in *in = slot->request.arg;
 	struct tp_fuse_file *file = tp_fuse_files_get(&server->files, slot->header->nodeid);
 	uint64_t length = 0;
-	struct tp_error err = {0};
+	struct tp_error err = { 0 };
 	bool zero = false;
 	int error = -EIO;
 	int status;
@@ -159,7 +159,7 @@ static int flush_pool(struct tp_fuse_server *server, const struct slot *list)
 
 static int flush_file(struct tp_fuse_server *server, struct tp_fuse_file *file)
 {
-	struct tp_error err = {0};
+	struct tp_error err = { 0 };
 	int status;
 
 	if (!file)

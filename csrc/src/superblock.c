@@ -19,11 +19,10 @@ static int judge(struct tp_bdev *bdev, const struct tp_disk_superblock *sb, stru
 	uint32_t csum = tp_block_checksum(sb, TP_SALT_SUPERBLOCK);
 
 	if (tp_le64_get(sb->magic) != TP_SUPERBLOCK_MAGIC)
-		return tp_fail_block(err, TP_E_SUPERBLOCK_MAGIC, 0, tp_le64_get(sb->magic),
-				     TP_SUPERBLOCK_MAGIC,
-				     "this is not dm-thin metadata: magic %lu instead of %lu",
-				     (unsigned long)tp_le64_get(sb->magic),
-				     (unsigned long)TP_SUPERBLOCK_MAGIC);
+		return tp_fail_block(
+			err, TP_E_SUPERBLOCK_MAGIC, 0, tp_le64_get(sb->magic), TP_SUPERBLOCK_MAGIC,
+			"this is not dm-thin metadata: magic %lu instead of %lu",
+			(unsigned long)tp_le64_get(sb->magic), (unsigned long)TP_SUPERBLOCK_MAGIC);
 	if (tp_le64_get(sb->blocknr) != TP_SUPERBLOCK_LOCATION)
 		return tp_fail_block(err, TP_E_SUPERBLOCK_BLOCKNR, 0, tp_le64_get(sb->blocknr), 0,
 				     "the superblock says that it is block %lu",

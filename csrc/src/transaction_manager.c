@@ -17,16 +17,16 @@ struct tp_tm {
 	uint64_t nr_blocks;
 	uint64_t nr_used;
 	uint32_t *counts;
-	uint64_t *fresh;		/* bit a block: allocated in the open transaction */
-	uint64_t *queued;		/* bit a block: stands in overflow_changed */
+	uint64_t *fresh;                     /* bit a block: allocated in the open transaction */
+	uint64_t *queued;                    /* bit a block: stands in overflow_changed */
 	struct number_list overflow_changed; /* counts that the overflow tree may have wrong */
 	struct tp_allocator *allocator;
-	bool sealed;			/* a sealed transaction is being written */
-	struct number_list freed_late;	/* freed since the seal */
-	uint64_t index_block;		/* 0: not on disk yet */
+	bool sealed;                   /* a sealed transaction is being written */
+	struct number_list freed_late; /* freed since the seal */
+	uint64_t index_block;          /* 0: not on disk yet */
 	uint64_t overflow_root;
 	struct {
-		uint64_t block;		/* 0: not on disk yet */
+		uint64_t block; /* 0: not on disk yet */
 		bool dirty;
 	} bitmaps[TP_INDEX_ENTRIES];
 };
@@ -333,7 +333,8 @@ static int load_overflow(struct tp_tm *tm, struct tp_error *err)
 			return tp_fail_block(err, TP_E_SPACE_MAP_MALFORMED, found,
 					     tp_le32_get(value.count), TP_COUNT_OVERFLOW,
 					     "metadata block %lu has an overflow entry that its "
-					     "bitmap does not ask for", (unsigned long)found);
+					     "bitmap does not ask for",
+					     (unsigned long)found);
 		tm->counts[found] = tp_le32_get(value.count);
 		seen++;
 		key = found + 1;
@@ -341,9 +342,10 @@ static int load_overflow(struct tp_tm *tm, struct tp_error *err)
 	if (r != TP_E_KEY_NOT_FOUND)
 		return r;
 	if (seen != wanted)
-		return tp_fail_block(err, TP_E_SPACE_MAP_MALFORMED, tm->overflow_root, seen,
-				     wanted, "%lu metadata blocks are counted 3 or more and have "
-				     "no overflow entry", (unsigned long)(wanted - seen));
+		return tp_fail_block(err, TP_E_SPACE_MAP_MALFORMED, tm->overflow_root, seen, wanted,
+				     "%lu metadata blocks are counted 3 or more and have "
+				     "no overflow entry",
+				     (unsigned long)(wanted - seen));
 	return 0;
 }
 
@@ -499,8 +501,8 @@ static void fill_bitmap(const struct tp_tm *tm, uint64_t i, struct tp_disk_index
 
 		if (count) {
 			used++;
-			word |= (uint64_t)tp_pair_swap(count < TP_COUNT_OVERFLOW ?
-						       count : TP_COUNT_OVERFLOW)
+			word |= (uint64_t)tp_pair_swap(
+					count < TP_COUNT_OVERFLOW ? count : TP_COUNT_OVERFLOW)
 				<< 2 * (e % TP_WORD_ENTRIES);
 		} else if (first_free == TP_BITMAP_ENTRIES) {
 			first_free = (uint32_t)e;

@@ -44,7 +44,7 @@ static void change(uint64_t begin, uint64_t length, enum state from, enum state 
 
 static void compare(void)
 {
-	uint64_t count[3] = {0, 0, 0};
+	uint64_t count[3] = { 0, 0, 0 };
 	uint64_t block = 0;
 	uint64_t begin;
 	uint64_t length;

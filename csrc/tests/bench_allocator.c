@@ -79,8 +79,8 @@ static void scan_mark(struct scan *scan, uint64_t block, int is_free)
 
 static struct extent scan_alloc(struct scan *scan, uint64_t want)
 {
-	struct extent best = {0, 0};
-	struct extent run = {0, 0};
+	struct extent best = { 0, 0 };
+	struct extent run = { 0, 0 };
 	uint64_t block = scan->cursor;
 
 	for (uint64_t seen = 0; seen < scan->nr_blocks && best.length < want; seen++) {
@@ -164,7 +164,7 @@ static struct result measure_singles(struct tp_allocator *allocator, struct exte
 		for (uint64_t i = 0; i < count; i++)
 			check(!tp_allocator_untake(allocator, got[i].begin, 1), "untake");
 	}
-	return (struct result){median(ns, ROUNDS), 1};
+	return (struct result){ median(ns, ROUNDS), 1 };
 }
 
 static struct result measure_runs(struct tp_allocator *allocator, struct extent *got,
@@ -190,7 +190,7 @@ static struct result measure_runs(struct tp_allocator *allocator, struct extent 
 			      "untake");
 		}
 	}
-	return (struct result){median(ns, ROUNDS), lengths / calls_all};
+	return (struct result){ median(ns, ROUNDS), lengths / calls_all };
 }
 
 static struct result measure_scan(struct scan *scan, struct extent *got, uint64_t blocks,
@@ -221,16 +221,16 @@ static struct result measure_scan(struct scan *scan, struct extent *got, uint64_
 				scan_mark(scan, got[i].begin + j, 1);
 		}
 	}
-	return (struct result){median(ns, ROUNDS), lengths / calls_all};
+	return (struct result){ median(ns, ROUNDS), lengths / calls_all };
 }
 
 static void measure(uint64_t nr_blocks, uint64_t seed, int fragmented, unsigned int percent)
 {
-	static const uint64_t wants[] = {1, 64};
+	static const uint64_t wants[] = { 1, 64 };
 	uint64_t blocks = nr_blocks / 500;
 	struct extent *got = malloc((blocks + 1) * sizeof(*got));
 	struct tp_allocator *allocator = tp_allocator_create(nr_blocks);
-	struct scan scan = {malloc((nr_blocks / 64 + 1) * sizeof(uint64_t)), nr_blocks, 0};
+	struct scan scan = { malloc((nr_blocks / 64 + 1) * sizeof(uint64_t)), nr_blocks, 0 };
 
 	check(got && allocator && scan.free, "no memory");
 	memset(scan.free, 0xff, (nr_blocks / 64 + 1) * sizeof(uint64_t));
@@ -254,7 +254,7 @@ static void measure(uint64_t nr_blocks, uint64_t seed, int fragmented, unsigned 
 
 int main(int argc, char **argv)
 {
-	static const unsigned int percents[] = {0, 50, 90, 95, 99};
+	static const unsigned int percents[] = { 0, 50, 90, 95, 99 };
 	uint64_t nr_blocks = argc == 3 ? strtoull(argv[1], NULL, 10) : 0;
 	uint64_t seed = argc == 3 ? strtoull(argv[2], NULL, 10) : 0;
 

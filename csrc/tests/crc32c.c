@@ -25,7 +25,7 @@ static uint32_t bit_by_bit(uint32_t crc, const unsigned char *data, size_t lengt
 
 static void check_all(const unsigned char *data, size_t length, uint32_t start)
 {
-	static const char *const names[] = {"portable", "sse4.2", "avx512"};
+	static const char *const names[] = { "portable", "sse4.2", "avx512" };
 	uint32_t wanted = bit_by_bit(start, data, length);
 
 	CHECK_EQUAL(tp_crc32c(start, data, length), wanted);

@@ -11,14 +11,15 @@
 static void put_header(unsigned char *bytes, uint32_t length, uint32_t opcode)
 {
 	struct fuse_in_header header = {
-		.len = length, .opcode = opcode, .unique = 2, .nodeid = FUSE_ROOT_ID};
+		.len = length, .opcode = opcode, .unique = 2, .nodeid = FUSE_ROOT_ID
+	};
 
 	memcpy(bytes, &header, sizeof(header));
 }
 
 static void test_length_must_be_what_was_read(void)
 {
-	unsigned char bytes[256] = {0};
+	unsigned char bytes[256] = { 0 };
 	struct tp_fuse_request request;
 	size_t length;
 
@@ -33,14 +34,14 @@ static void test_short_arguments_are_refused(void)
 		uint32_t opcode;
 		uint32_t size;
 	} wanted[] = {
-		{FUSE_READ, sizeof(struct fuse_read_in)},
-		{FUSE_WRITE, sizeof(struct fuse_write_in)},
-		{FUSE_FALLOCATE, sizeof(struct fuse_fallocate_in)},
-		{FUSE_LSEEK, sizeof(struct fuse_lseek_in)},
-		{FUSE_OPEN, sizeof(struct fuse_open_in)},
-		{FUSE_SETATTR, sizeof(struct fuse_setattr_in)},
-		{FUSE_GETATTR, sizeof(struct fuse_getattr_in)},
-		{FUSE_INIT, 16},
+		{ FUSE_READ, sizeof(struct fuse_read_in) },
+		{ FUSE_WRITE, sizeof(struct fuse_write_in) },
+		{ FUSE_FALLOCATE, sizeof(struct fuse_fallocate_in) },
+		{ FUSE_LSEEK, sizeof(struct fuse_lseek_in) },
+		{ FUSE_OPEN, sizeof(struct fuse_open_in) },
+		{ FUSE_SETATTR, sizeof(struct fuse_setattr_in) },
+		{ FUSE_GETATTR, sizeof(struct fuse_getattr_in) },
+		{ FUSE_INIT, 16 },
 	};
 	struct tp_fuse_request request;
 	uint32_t i, size;
@@ -63,7 +64,7 @@ static void test_short_arguments_are_refused(void)
 
 static void test_payload_must_be_as_long_as_it_says(void)
 {
-	unsigned char bytes[FUSE_HEAD + 512] = {0};
+	unsigned char bytes[FUSE_HEAD + 512] = { 0 };
 	struct fuse_write_in *write = (void *)(bytes + sizeof(struct fuse_in_header));
 	struct tp_fuse_request request;
 
@@ -115,7 +116,7 @@ static void test_noise_is_survived(unsigned seed)
 
 static void test_init_takes_the_smaller_minor(void)
 {
-	struct fuse_init_in in = {.major = 7, .minor = 31, .flags = UINT32_MAX};
+	struct fuse_init_in in = { .major = 7, .minor = 31, .flags = UINT32_MAX };
 	struct fuse_init_out out;
 
 	TP_ASSERT(tp_fuse_negotiate(&in, 96, &out) == 0);

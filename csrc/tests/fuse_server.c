@@ -45,7 +45,7 @@ static void *runner(void *argument)
 
 static void start(struct bench *bench)
 {
-	const struct tp_fuse_options options = {.trim_ms = 50, .no_io_uring = bench->no_io_uring};
+	const struct tp_fuse_options options = { .trim_ms = 50, .no_io_uring = bench->no_io_uring };
 	struct tp_error err;
 
 	TP_ASSERT(tp_fuse_server_create(NULL, &bench->device, 1, bench->slots_fd,
@@ -125,7 +125,7 @@ static int receive(struct bench *bench, uint64_t *unique_ret, void *payload, siz
 		   size_t *length_ret)
 {
 	static unsigned char bytes[sizeof(struct fuse_out_header) + (64u << 10)];
-	struct pollfd fd = {.fd = bench->kernel, .events = POLLIN};
+	struct pollfd fd = { .fd = bench->kernel, .events = POLLIN };
 	struct fuse_out_header header;
 	ssize_t n;
 
@@ -158,7 +158,7 @@ static int ask(struct bench *bench, uint32_t opcode, uint64_t nodeid, const void
 
 static int ask_read(struct bench *bench, uint64_t offset, uint32_t size)
 {
-	struct fuse_read_in in = {.fh = GENERATION, .offset = offset, .size = size};
+	struct fuse_read_in in = { .fh = GENERATION, .offset = offset, .size = size };
 
 	return ask(bench, FUSE_READ, NODE, &in, sizeof(in));
 }
@@ -166,7 +166,7 @@ static int ask_read(struct bench *bench, uint64_t offset, uint32_t size)
 static int ask_write(struct bench *bench, uint64_t fh, uint64_t offset, const void *data,
 		     uint32_t size)
 {
-	struct fuse_write_in in = {.fh = fh, .offset = offset, .size = size};
+	struct fuse_write_in in = { .fh = fh, .offset = offset, .size = size };
 	uint64_t unique;
 	int error;
 
@@ -179,7 +179,8 @@ static int ask_write(struct bench *bench, uint64_t fh, uint64_t offset, const vo
 static int ask_fallocate(struct bench *bench, uint32_t mode, uint64_t offset, uint64_t length)
 {
 	struct fuse_fallocate_in in = {
-		.fh = GENERATION, .offset = offset, .length = length, .mode = mode};
+		.fh = GENERATION, .offset = offset, .length = length, .mode = mode
+	};
 
 	return ask(bench, FUSE_FALLOCATE, NODE, &in, sizeof(in));
 }
@@ -240,7 +241,7 @@ static void test_punches_and_zero_ranges_read_as_zeros(struct bench *bench)
 
 static void test_seeks_find_data_and_holes(struct bench *bench)
 {
-	struct fuse_lseek_in in = {.fh = GENERATION, .whence = SEEK_DATA};
+	struct fuse_lseek_in in = { .fh = GENERATION, .whence = SEEK_DATA };
 	static unsigned char data[64u << 10];
 	uint64_t found;
 
@@ -269,8 +270,8 @@ static void test_seeks_find_data_and_holes(struct bench *bench)
 
 static void test_names_and_attributes(struct bench *bench)
 {
-	struct fuse_getattr_in get = {0};
-	struct fuse_setattr_in set = {.valid = FATTR_SIZE, .size = FILE_SIZE};
+	struct fuse_getattr_in get = { 0 };
+	struct fuse_setattr_in set = { .valid = FATTR_SIZE, .size = FILE_SIZE };
 	struct fuse_entry_out entry;
 	struct fuse_attr_out attr;
 
@@ -310,7 +311,7 @@ static void test_what_is_not_served_is_refused(struct bench *bench)
 
 static void test_directory_is_listed_whole_in_small_pieces(struct bench *bench)
 {
-	struct fuse_read_in in = {.size = 64};
+	struct fuse_read_in in = { .size = 64 };
 	char seen[256] = "";
 	uint32_t id, rounds = 0;
 
@@ -339,13 +340,13 @@ static void test_directory_is_listed_whole_in_small_pieces(struct bench *bench)
 
 static void test_no_answer_to_what_wants_none(struct bench *bench)
 {
-	struct fuse_forget_in forget = {.nlookup = 1};
-	struct fuse_interrupt_in interrupt = {.unique = 2};
+	struct fuse_forget_in forget = { .nlookup = 1 };
+	struct fuse_interrupt_in interrupt = { .unique = 2 };
 
 	submit(bench, FUSE_FORGET, NODE, &forget, sizeof(forget), NULL, 0);
 	submit(bench, FUSE_INTERRUPT, NODE, &interrupt, sizeof(interrupt), NULL, 0);
 	/* The next answer is the next request's: ask() compares. */
-	TP_ASSERT(ask(bench, FUSE_ACCESS, NODE, &(struct fuse_access_in){0},
+	TP_ASSERT(ask(bench, FUSE_ACCESS, NODE, &(struct fuse_access_in){ 0 },
 		      sizeof(struct fuse_access_in)) == 0);
 }
 
@@ -394,7 +395,7 @@ static void test_noise_is_answered_or_dropped(struct bench *bench, unsigned seed
 
 static void test_more_requests_than_slots(struct bench *bench)
 {
-	struct fuse_read_in in = {.fh = GENERATION, .size = IO};
+	struct fuse_read_in in = { .fh = GENERATION, .size = IO };
 	uint64_t unique, first = bench->unique + 2, sum = 0;
 	const uint32_t nr = 5 * NR_SLOTS;
 	uint32_t i;
@@ -413,7 +414,7 @@ static void test_more_requests_than_slots(struct bench *bench)
 static struct slot *leave_open(struct bench *bench, struct slots *slots, uint64_t offset,
 			       const void *data, uint32_t length)
 {
-	struct fuse_write_in in = {.fh = GENERATION, .offset = offset, .size = length};
+	struct fuse_write_in in = { .fh = GENERATION, .offset = offset, .size = length };
 	struct slot *slot = tp_fuse_slots_take(slots, 0);
 
 	TP_ASSERT(slot);

@@ -23,7 +23,7 @@ enum tp_block_kind {
 	TP_KIND_NODE = 1,
 	TP_KIND_INDEX = 2,
 	TP_KIND_BITMAP = 3,
-	TP_KIND_SUPERBLOCK = 4	/* a metadata snapshot's copy only */
+	TP_KIND_SUPERBLOCK = 4 /* a metadata snapshot's copy only */
 };
 
 struct tp_block_manager *tp_bm_create(struct tp_bdev *bdev, uint64_t cache_bytes);
@@ -33,8 +33,8 @@ void tp_bm_destroy(struct tp_block_manager *bm);
 int tp_bm_read(struct tp_block_manager *bm, uint64_t block, enum tp_block_kind kind,
 	       const void **data_ret, struct tp_error *err);
 /* A new block of zeros. What was cached under its number is forgotten. */
-int tp_bm_new(struct tp_block_manager *bm, uint64_t block, enum tp_block_kind kind,
-	      void **data_ret, struct tp_error *err);
+int tp_bm_new(struct tp_block_manager *bm, uint64_t block, enum tp_block_kind kind, void **data_ret,
+	      struct tp_error *err);
 /* The changeable contents of a new block. */
 void *tp_bm_new_data(struct tp_block_manager *bm, uint64_t block);
 /* Drop a new block that is no longer referred to: it need not be written. */

@@ -21,7 +21,7 @@
 
 struct tp_btree {
 	struct tp_tm *tm;
-	uint32_t value_size;	/* bytes, of leaf values */
+	uint32_t value_size; /* bytes, of leaf values */
 	/* Values that are references: called for each value of a leaf that was duplicated, and
 	 * for each value of a tree that is deleted. NULL where values are plain. */
 	int (*value_inc)(void *context, const void *value, struct tp_error *err);

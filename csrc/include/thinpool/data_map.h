@@ -24,7 +24,7 @@ struct tp_run {
 struct tp_run_list {
 	struct tp_run *runs;
 	size_t count, room;
-	uint64_t blocks;	/* in all runs */
+	uint64_t blocks; /* in all runs */
 };
 
 int tp_run_list_add(struct tp_run_list *list, uint64_t begin, uint64_t length);
@@ -49,9 +49,9 @@ int tp_data_map_count(struct tp_data_map *map, uint64_t block, uint32_t *count_r
 		      struct tp_error *err);
 
 uint64_t tp_data_map_nr_blocks(const struct tp_data_map *map);
-uint64_t tp_data_map_nr_used(const struct tp_data_map *map);		/* count >= 1 */
+uint64_t tp_data_map_nr_used(const struct tp_data_map *map); /* count >= 1 */
 uint64_t tp_data_map_nr_allocatable(const struct tp_data_map *map);
-uint64_t tp_data_map_nr_waiting(const struct tp_data_map *map);	/* freed, not yet durable */
+uint64_t tp_data_map_nr_waiting(const struct tp_data_map *map); /* freed, not yet durable */
 int tp_data_map_next_free_run(const struct tp_data_map *map, uint64_t begin, uint64_t *begin_ret,
 			      uint64_t *length_ret);
 int tp_data_map_is_allocatable(const struct tp_data_map *map, uint64_t block);

@@ -73,40 +73,40 @@ static inline struct tp_le64 tp_le64_put(uint64_t v)
 
 /* ---- sizes and limits -------------------------------------------------------------------- */
 
-#define TP_SECTOR_SIZE 512u				/* bytes */
-#define TP_MD_BLOCK_SIZE 4096u				/* bytes */
-#define TP_MD_BLOCK_SECTORS 8u
-#define TP_BITMAP_ENTRIES 16320u			/* reference counts in one bitmap block */
-#define TP_BITMAP_WORDS 510u
-#define TP_WORD_ENTRIES 32u				/* reference counts in one bitmap word */
-#define TP_INDEX_ENTRIES 255u				/* in the metadata space map's index block */
-#define TP_MD_BLOCKS_MAX ((uint64_t)TP_INDEX_ENTRIES * TP_BITMAP_ENTRIES)
-#define TP_DATA_BLOCK_SECTORS_MIN 128u			/* 64 KiB; sizes are multiples of it */
-#define TP_DATA_BLOCK_SECTORS_MAX 2097152u		/* 1 GiB */
-#define TP_DATA_BLOCKS_MAX (UINT64_C(1) << 40)		/* block numbers have 40 bits */
-#define TP_TIME_MAX 16777215u				/* mappings keep 24 bits */
-#define TP_DEVICE_ID_MAX 16777215u
-#define TP_MD_RESERVE_MAX 4096u				/* reserve: min(this, blocks / 10) */
-#define TP_MD_LOW_WATER_MAX 1024u			/* low water: min(this, blocks / 4) */
+#define TP_SECTOR_SIZE            512u  /* bytes */
+#define TP_MD_BLOCK_SIZE          4096u /* bytes */
+#define TP_MD_BLOCK_SECTORS       8u
+#define TP_BITMAP_ENTRIES         16320u /* reference counts in one bitmap block */
+#define TP_BITMAP_WORDS           510u
+#define TP_WORD_ENTRIES           32u  /* reference counts in one bitmap word */
+#define TP_INDEX_ENTRIES          255u /* in the metadata space map's index block */
+#define TP_MD_BLOCKS_MAX          ((uint64_t)TP_INDEX_ENTRIES * TP_BITMAP_ENTRIES)
+#define TP_DATA_BLOCK_SECTORS_MIN 128u                /* 64 KiB; sizes are multiples of it */
+#define TP_DATA_BLOCK_SECTORS_MAX 2097152u            /* 1 GiB */
+#define TP_DATA_BLOCKS_MAX        (UINT64_C(1) << 40) /* block numbers have 40 bits */
+#define TP_TIME_MAX               16777215u           /* mappings keep 24 bits */
+#define TP_DEVICE_ID_MAX          16777215u
+#define TP_MD_RESERVE_MAX         4096u /* reserve: min(this, blocks / 10) */
+#define TP_MD_LOW_WATER_MAX       1024u /* low water: min(this, blocks / 4) */
 
-#define TP_SUPERBLOCK_LOCATION 0u
-#define TP_SUPERBLOCK_MAGIC UINT64_C(27022010)
-#define TP_SUPERBLOCK_VERSION 2u
-#define TP_SUPERBLOCK_NEEDS_CHECK 1u			/* bit of flags */
+#define TP_SUPERBLOCK_LOCATION    0u
+#define TP_SUPERBLOCK_MAGIC       UINT64_C(27022010)
+#define TP_SUPERBLOCK_VERSION     2u
+#define TP_SUPERBLOCK_NEEDS_CHECK 1u /* bit of flags */
 
 /* ---- checksums --------------------------------------------------------------------------- */
 
 #define TP_SALT_SUPERBLOCK 160774u
-#define TP_SALT_NODE 121107u
-#define TP_SALT_INDEX 160478u
-#define TP_SALT_BITMAP 240779u
-#define TP_CSUM_SKIP 4u					/* the checksum itself is not covered */
-#define TP_CSUM_LENGTH (TP_MD_BLOCK_SIZE - TP_CSUM_SKIP)
+#define TP_SALT_NODE       121107u
+#define TP_SALT_INDEX      160478u
+#define TP_SALT_BITMAP     240779u
+#define TP_CSUM_SKIP       4u /* the checksum itself is not covered */
+#define TP_CSUM_LENGTH     (TP_MD_BLOCK_SIZE - TP_CSUM_SKIP)
 
 /* What stands at the start of every checksummed block. */
 struct tp_disk_block_header {
 	struct tp_le32 csum;
-	struct tp_le32 other;		/* a record's own business */
+	struct tp_le32 other; /* a record's own business */
 	struct tp_le64 blocknr;
 } __attribute__((packed));
 
@@ -114,12 +114,12 @@ struct tp_disk_block_header {
 
 struct tp_disk_space_map_root {
 	struct tp_le64 nr_blocks;
-	struct tp_le64 nr_allocated;	/* blocks whose count is not 0 */
+	struct tp_le64 nr_allocated; /* blocks whose count is not 0 */
 	struct tp_le64 bitmap_root;
-	struct tp_le64 ref_count_root;	/* overflow tree */
+	struct tp_le64 ref_count_root; /* overflow tree */
 } __attribute__((packed));
 
-#define TP_SPACE_MAP_ROOT_FIELD 128u	/* bytes given to each root in the superblock */
+#define TP_SPACE_MAP_ROOT_FIELD 128u /* bytes given to each root in the superblock */
 
 struct tp_disk_superblock {
 	struct tp_le32 csum;
@@ -130,16 +130,16 @@ struct tp_disk_superblock {
 	struct tp_le32 version;
 	struct tp_le32 time;
 	struct tp_le64 trans_id;
-	struct tp_le64 held_root;	/* block of the metadata snapshot, 0 for none */
+	struct tp_le64 held_root; /* block of the metadata snapshot, 0 for none */
 	struct tp_disk_space_map_root data_space_map;
 	uint8_t data_space_map_rest[TP_SPACE_MAP_ROOT_FIELD - 32];
 	struct tp_disk_space_map_root metadata_space_map;
 	uint8_t metadata_space_map_rest[TP_SPACE_MAP_ROOT_FIELD - 32];
 	struct tp_le64 data_mapping_root;
 	struct tp_le64 device_details_root;
-	struct tp_le32 data_block_size;	/* sectors */
+	struct tp_le32 data_block_size;     /* sectors */
 	struct tp_le32 metadata_block_size; /* sectors */
-	struct tp_le64 metadata_nr_blocks; /* at format; not kept up to date */
+	struct tp_le64 metadata_nr_blocks;  /* at format; not kept up to date */
 	struct tp_le32 compat_flags;
 	struct tp_le32 compat_ro_flags;
 	struct tp_le32 incompat_flags;
@@ -147,17 +147,17 @@ struct tp_disk_superblock {
 
 /* ---- btree nodes ------------------------------------------------------------------------- */
 
-#define TP_NODE_INTERNAL 1u
-#define TP_NODE_LEAF 2u
+#define TP_NODE_INTERNAL    1u
+#define TP_NODE_LEAF        2u
 #define TP_NODE_HEADER_SIZE 32u
 
 struct tp_disk_node_header {
 	struct tp_le32 csum;
-	struct tp_le32 flags;		/* TP_NODE_INTERNAL or TP_NODE_LEAF */
+	struct tp_le32 flags; /* TP_NODE_INTERNAL or TP_NODE_LEAF */
 	struct tp_le64 blocknr;
 	struct tp_le32 nr_entries;
 	struct tp_le32 max_entries;
-	struct tp_le32 value_size;	/* bytes */
+	struct tp_le32 value_size; /* bytes */
 	struct tp_le32 padding;
 } __attribute__((packed));
 
@@ -168,18 +168,18 @@ struct tp_disk_node {
 } __attribute__((packed));
 
 /* Entries of a node whose values are value_size bytes long: a multiple of 3. */
-#define TP_NODE_MAX_ENTRIES(value_size)                                                           \
+#define TP_NODE_MAX_ENTRIES(value_size)                                                            \
 	(3u * (((TP_MD_BLOCK_SIZE - TP_NODE_HEADER_SIZE) / (8u + (value_size))) / 3u))
 
-#define TP_MAPPING_VALUE_SIZE 8u
-#define TP_DETAILS_VALUE_SIZE 24u
-#define TP_INDEX_VALUE_SIZE 16u
+#define TP_MAPPING_VALUE_SIZE   8u
+#define TP_DETAILS_VALUE_SIZE   24u
+#define TP_INDEX_VALUE_SIZE     16u
 #define TP_REF_COUNT_VALUE_SIZE 4u
 
-#define TP_MAPPING_MAX_ENTRIES TP_NODE_MAX_ENTRIES(TP_MAPPING_VALUE_SIZE)	/* 252; internal too */
-#define TP_DETAILS_MAX_ENTRIES TP_NODE_MAX_ENTRIES(TP_DETAILS_VALUE_SIZE)	/* 126 */
-#define TP_INDEX_MAX_ENTRIES TP_NODE_MAX_ENTRIES(TP_INDEX_VALUE_SIZE)		/* 168 */
-#define TP_REF_COUNT_MAX_ENTRIES TP_NODE_MAX_ENTRIES(TP_REF_COUNT_VALUE_SIZE)	/* 336 */
+#define TP_MAPPING_MAX_ENTRIES   TP_NODE_MAX_ENTRIES(TP_MAPPING_VALUE_SIZE) /* 252; internal too */
+#define TP_DETAILS_MAX_ENTRIES   TP_NODE_MAX_ENTRIES(TP_DETAILS_VALUE_SIZE) /* 126 */
+#define TP_INDEX_MAX_ENTRIES     TP_NODE_MAX_ENTRIES(TP_INDEX_VALUE_SIZE)   /* 168 */
+#define TP_REF_COUNT_MAX_ENTRIES TP_NODE_MAX_ENTRIES(TP_REF_COUNT_VALUE_SIZE) /* 336 */
 
 /* ---- tree values ------------------------------------------------------------------------- */
 
@@ -191,7 +191,7 @@ struct tp_disk_device_details {
 } __attribute__((packed));
 
 struct tp_disk_mapping {
-	struct tp_le64 block_time;	/* data block << 24 | time */
+	struct tp_le64 block_time; /* data block << 24 | time */
 } __attribute__((packed));
 
 #define TP_MAPPING_TIME_BITS 24u
@@ -214,8 +214,8 @@ static inline uint32_t tp_mapping_time(uint64_t value)
 /* ---- space maps -------------------------------------------------------------------------- */
 
 struct tp_disk_index_entry {
-	struct tp_le64 blocknr;		/* of the bitmap block */
-	struct tp_le32 nr_free;		/* entries past the end of the device count as free */
+	struct tp_le64 blocknr;          /* of the bitmap block */
+	struct tp_le32 nr_free;          /* entries past the end of the device count as free */
 	struct tp_le32 none_free_before; /* no free entry below this one */
 } __attribute__((packed));
 
@@ -252,18 +252,17 @@ static inline unsigned tp_word_count(uint64_t word, unsigned entry)
 
 static inline uint64_t tp_word_with_count(uint64_t word, unsigned entry, unsigned count)
 {
-	return (word & ~(UINT64_C(3) << 2u * entry)) | (uint64_t)tp_pair_swap(count)
-							       << 2u * entry;
+	return (word & ~(UINT64_C(3) << 2u * entry)) | (uint64_t)tp_pair_swap(count) << 2u * entry;
 }
 
 struct tp_disk_ref_count {
-	struct tp_le32 count;		/* never below 3 */
+	struct tp_le32 count; /* never below 3 */
 } __attribute__((packed));
 
 /* ---- sizes and offsets ------------------------------------------------------------------- */
 
 #define TP_ASSERT_SIZE(type, size) _Static_assert(sizeof(type) == (size), #type)
-#define TP_ASSERT_AT(type, field, offset) \
+#define TP_ASSERT_AT(type, field, offset)                                                          \
 	_Static_assert(offsetof(type, field) == (offset), #type "." #field)
 
 TP_ASSERT_SIZE(struct tp_le16, 2);

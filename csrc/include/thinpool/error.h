@@ -16,8 +16,8 @@
 int tp_fail(struct tp_error *err, int status, const char *format, ...)
 	__attribute__((format(printf, 3, 4)));
 /* With the block concerned, and what stood there and what was wanted. */
-int tp_fail_block(struct tp_error *err, int status, uint64_t block, uint64_t found,
-		  uint64_t wanted, const char *format, ...) __attribute__((format(printf, 6, 7)));
+int tp_fail_block(struct tp_error *err, int status, uint64_t block, uint64_t found, uint64_t wanted,
+		  const char *format, ...) __attribute__((format(printf, 6, 7)));
 /* With the host's errno, whose text is appended. */
 int tp_fail_errno(struct tp_error *err, int status, int host_errno, const char *format, ...)
 	__attribute__((format(printf, 4, 5)));
@@ -26,17 +26,17 @@ void tp_error_clear(struct tp_error *err);
 
 _Noreturn void tp_assert_failed(const char *condition, const char *file, int line);
 
-#define TP_ASSERT(condition)                                                                      \
-	do {                                                                                      \
-		if (__builtin_expect(!(condition), 0))                                            \
-			tp_assert_failed(#condition, __FILE__, __LINE__);                         \
+#define TP_ASSERT(condition)                                                                       \
+	do {                                                                                       \
+		if (__builtin_expect(!(condition), 0))                                             \
+			tp_assert_failed(#condition, __FILE__, __LINE__);                          \
 	} while (0)
 
 #ifdef TP_DEBUG
 #define TP_DEBUG_ASSERT(condition) TP_ASSERT(condition)
 #else
-#define TP_DEBUG_ASSERT(condition)                                                                \
-	do {                                                                                      \
+#define TP_DEBUG_ASSERT(condition)                                                                 \
+	do {                                                                                       \
 	} while (0)
 #endif
 

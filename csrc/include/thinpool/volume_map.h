@@ -17,24 +17,27 @@
 
 #include "thinpool/abi.h"
 
-#define TP_MAP_MAX 20	/* extents: a request of 1 MiB over blocks of 64 KiB touches 17 */
+#define TP_MAP_MAX  20 /* extents: a request of 1 MiB over blocks of 64 KiB touches 17 */
 #define TP_MAP_HOLE UINT64_MAX
 
 struct tp_map_extent {
-	uint64_t data_offset;	/* bytes on the data device; TP_MAP_HOLE: reads as zeros */
-	uint32_t length;	/* bytes */
+	uint64_t data_offset; /* bytes on the data device; TP_MAP_HOLE: reads as zeros */
+	uint32_t length;      /* bytes */
 };
 
 struct tp_map {
 	uint32_t nr_extents;
 	uint32_t nr_locks;
-	uint32_t gate_slot;	/* the volume's business, as locks is */
+	uint32_t gate_slot; /* the volume's business, as locks is */
 	uint32_t write;
 	struct tp_map_extent extents[TP_MAP_MAX];
 	uint32_t locks[TP_MAP_MAX];
 };
 
-enum tp_map_result { TP_MAP_OK = 0, TP_MAP_SLOW = 1 };
+enum tp_map_result {
+	TP_MAP_OK = 0,
+	TP_MAP_SLOW = 1
+};
 
 /* offset + length within the volume (else TP_MAP_SLOW, which then fails properly). */
 int tp_volume_map(struct tp_volume *volume, uint64_t offset, uint32_t length, int write,
