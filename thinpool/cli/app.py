@@ -6,6 +6,7 @@ SIGINT, SIGTERM and SIGHUP unwind the command, which undoes what it began, and e
 
 from __future__ import annotations
 
+import io
 import os
 import select
 import signal
@@ -112,7 +113,8 @@ def run(arguments: Sequence[str], *, connect: Connect = connect_default) -> NoRe
         _die_of_broken_pipe()
     except OSError as error:
         _drop_standard_output()
-        code = _fail(Session(), PROGRAM, exits.from_os_error(error))
+        if code == exits.DONE:  # otherwise the reason was said, and most likely this is it
+            code = _fail(Session(), PROGRAM, exits.from_os_error(error))
     sys.exit(code)
 
 
@@ -205,7 +207,11 @@ def _asks_for_json(arguments: Sequence[str]) -> bool:
 
 
 def _open_standard_streams() -> None:
-    """A closed standard stream must not be taken by the first file that is opened."""
+    """See that the three streams are there, and that what is written to one is written whole.
+
+    A closed one must not be taken by the first file that is opened. With PYTHONUNBUFFERED the
+    text layer stands on the bare descriptor, where a write may be cut short in silence.
+    """
     for number in range(3):
         try:
             os.fstat(number)
@@ -214,6 +220,8 @@ def _open_standard_streams() -> None:
     sys.stdin = sys.stdin or open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - for ever
     sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    if isinstance(getattr(sys.stdout, "buffer", None), io.RawIOBase):
+        sys.stdout = open(1, "w", encoding=sys.stdout.encoding, closefd=False)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:

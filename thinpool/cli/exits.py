@@ -64,6 +64,7 @@ CODES: Final[Mapping[str, int]] = MappingProxyType(
         "unsupported_format": CORRUPT,
         "needs_check": CORRUPT,
         "transaction_id": CORRUPT,
+        "pool_failed": CORRUPT,
         "archive": CORRUPT,
         "not_permitted": NOT_PERMITTED,
         "read_only": NOT_PERMITTED,
@@ -73,6 +74,7 @@ CODES: Final[Mapping[str, int]] = MappingProxyType(
         "closed": FAILED,
         "io": FAILED,
         "limit": FAILED,
+        "no_memory": FAILED,
         "server": FAILED,
     }
 )

@@ -7,11 +7,14 @@ import sys
 
 def run() -> None:
     """Run the command line with this process's arguments, and exit."""
-    if sys.argv[1:] == ["--version"]:
-        from thinpool import __version__
+    try:
+        if sys.argv[1:] == ["--version"]:
+            from thinpool import __version__
 
-        sys.stdout.write(f"thinpool {__version__}\n")
-        sys.exit(0)
-    from thinpool.cli.app import run as run_app
+            sys.stdout.write(f"thinpool {__version__}\n")
+            sys.exit(0)
+        from thinpool.cli.app import run as run_app
 
-    run_app(sys.argv[1:])
+        run_app(sys.argv[1:])
+    except KeyboardInterrupt:  # before the signals are caught, or after
+        sys.exit(130)
