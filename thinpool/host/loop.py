@@ -232,6 +232,18 @@ def detach(device: LoopDevice | str, *, timeout: float = _DETACH_SECONDS) -> boo
         time.sleep(next(pauses))
 
 
+def detach_when_unused(device: LoopDevice) -> None:
+    """Let a device in use go by itself when its last user has let go of it. Repeatable.
+
+    For devices over a dead server: ``detach`` is for all others.
+    """
+    with contextlib.suppress(FileNotFoundError), _opened(device.path, os.O_RDONLY) as fd:
+        if device.sequence and _sequence(fd) not in (0, device.sequence):
+            return
+        _guard_node(fd)
+        _clear(fd, device.path)
+
+
 def set_capacity(device: LoopDevice | str) -> int:
     """Let the device follow its file's size; returns the size in bytes afterwards."""
     path = device if isinstance(device, str) else device.path
