@@ -50,11 +50,13 @@ fmt:
 	ruff format .
 	clang-format -i $(C_FILES)
 
-docs: ## write the generated tables
+docs: ## write the generated tables and manual pages
 	$(PYTHON) tools/gen_format_doc.py
+	$(PYTHON) tools/gen_man.py
 
 docs-check:
 	$(PYTHON) tools/gen_format_doc.py --check
+	$(PYTHON) tools/gen_man.py --check
 
 bench: ## minutes; as root, with fio, for the second
 	$(PYTHON) tools/bench_allocator.py

@@ -420,6 +420,28 @@ def test_nothing_slow_is_imported_before_it_is_needed(run_it, forbidden):
     assert result.stderr.splitlines()[-1] == "[]"
 
 
+def test_version_and_completion_answer_within_a_tenth_of_a_second(tmp_path):
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTHON")
+    } | {
+        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONPYCACHEPREFIX": str(tmp_path),  # compiled once, as an installed program is
+    }
+    tab = {"_THINPOOL_COMPLETE": "bash_complete", "COMP_WORDS": "thinpool a", "COMP_CWORD": "1"}
+
+    def fastest(arguments, **more):
+        times = []
+        for _ in range(12):
+            began = time.perf_counter()
+            run([sys.executable, *arguments], env=environment | more)
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    nothing = fastest(["-c", "pass"])
+    assert fastest(["-m", "thinpool", "--version"]) - nothing < 0.1
+    assert fastest(["-m", "thinpool"], **tab) - nothing < 0.1
+
+
 def test_the_version_is_the_same_everywhere():
     declared = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
     assert package.__version__ == declared
