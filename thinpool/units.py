@@ -10,7 +10,6 @@ Knows nothing of pools but the limits of the on-disk format, which callers name 
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 from typing import Final, NewType
 
 from thinpool.errors import UsageError
@@ -37,7 +36,7 @@ BLOCK_SIZE_DEFAULT: Final = Bytes(64 << 10)
 SIZE_MAX: Final = Bytes((1 << 63) - 512)
 
 _PREFIXES: Final = "KMGTPE"
-_SIZE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?)(?P<unit>[A-Za-z]*)")
+_SIZE = re.compile(r"(?P<whole>[0-9]+)(?:\.(?P<fraction>[0-9]+))?(?P<unit>[A-Za-z]*)")
 _PERCENT = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?)%?")
 # Longer than any number in range, and short enough that int() cannot be made to work for long.
 _TEXT_MAX = 40
@@ -71,17 +70,16 @@ def parse_size(
         if stripped.startswith("-") and _SIZE.fullmatch(stripped[1:]):
             raise UsageError(f"{what} {_shown(text)} is negative", what=what, value=text)
         raise UsageError(f"{what} {_shown(text)} is not a size: {_WRITTEN}", what=what, value=text)
-    exact = Fraction(found["number"]) * _factor(found["unit"], text=text, what=what)
-    if exact.denominator != 1:
+    fraction = found["fraction"] or ""
+    scaled = int(found["whole"] + fraction) * _factor(found["unit"], text=text, what=what)
+    value, rest = divmod(scaled, 10 ** len(fraction))
+    if rest:
         raise UsageError(
-            f"{what} {_shown(text)} is {float(exact):.1f} bytes, not a whole number: "
-            "write it in a smaller unit",
+            f"{what} {_shown(text)} is not a whole number of bytes: write it in a smaller unit",
             what=what,
             value=text,
         )
-    return check_size(
-        exact.numerator, what=what, minimum=minimum, maximum=maximum, multiple_of=multiple_of
-    )
+    return check_size(value, what=what, minimum=minimum, maximum=maximum, multiple_of=multiple_of)
 
 
 def check_size(

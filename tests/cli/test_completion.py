@@ -20,7 +20,7 @@ def root(tmp_path):
         directory = tmp_path / "pools" / pool
         directory.mkdir(parents=True)
         volumes = [{"name": name} for name in names]
-        (directory / "catalogue.json").write_text(json.dumps({"volumes": volumes}))
+        (directory / "metadata.names.json").write_text(json.dumps({"volumes": volumes}))
     (tmp_path / "pools" / ".hidden").mkdir()
     (tmp_path / "pools" / "a file").touch()
     return tmp_path
@@ -80,9 +80,16 @@ def test_it_proposes_the_settings(root):
 
 
 def test_damaged_or_strange_names_beside_a_pool_are_passed_over(root):
-    (root / "pools" / "p" / "catalogue.json").write_text("{")
-    (root / "pools" / "q" / "catalogue.json").write_text('{"volumes": [{"name": "$(x)"}, {}]}')
+    (root / "pools" / "p" / "metadata.names.json").write_text("{")
+    (root / "pools" / "q" / "metadata.names.json").write_text('{"volumes": [{"name": "$(x)"}, {}]}')
     assert complete(root, "thinpool activate ") == ["prod/base"]
+
+
+def test_names_stand_beside_metadata_that_is_elsewhere(root, tmp_path):
+    (root / "pools" / "q" / "metadata.names.json").unlink()
+    (root / "pools" / "q" / "pool.json").write_text(json.dumps({"metadata": str(root / "m")}))
+    (root / "m.names.json").write_text(json.dumps({"volumes": [{"name": "far"}]}))
+    assert complete(root, "thinpool activate q/") == ["q/far"]
 
 
 def test_a_broken_file_of_defaults_breaks_no_completion(root, tmp_path, monkeypatch):

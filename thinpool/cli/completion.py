@@ -6,7 +6,6 @@ the environment, a line per proposal on standard output.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
 PROGRAM: Final = "thinpool"
 VARIABLE: Final = "_THINPOOL_COMPLETE"
 
-# Written beside a pool after each change, so that names outlive the catalogue.
-EXPORT: Final = "catalogue.json"
+# The store's copy of a catalogue, written beside the metadata after each change (namescopy.py).
+COPY_SUFFIX: Final = ".names.json"
 
 
 def script(shell: str) -> str:
@@ -72,14 +71,20 @@ def pools(ctx: click.Context, incomplete: str) -> list[str]:
 
 def volumes(ctx: click.Context, incomplete: str) -> list[str]:
     """``POOL/NAME`` of what is in those pools that the word so far may mean."""
+    import json
+
     pool_so_far, slash, _ = incomplete.partition("/")
     found: list[str] = []
     for pool in pools(ctx, pool_so_far):
         if slash and pool != pool_so_far:
             continue
-        path = _pools_directory(ctx) / pool / EXPORT
+        directory = _pools_directory(ctx) / pool
+        copy = directory / f"metadata{COPY_SUFFIX}"
         try:
-            listed = json.loads(path.read_bytes())["volumes"]
+            if not copy.exists():  # the metadata is a file somewhere else
+                metadata = json.loads((directory / "pool.json").read_bytes())["metadata"]
+                copy = Path(f"{metadata}{COPY_SUFFIX}")
+            listed = json.loads(copy.read_bytes())["volumes"]
             names = [str(volume["name"]) for volume in listed]
         except (OSError, ValueError, KeyError, TypeError):
             continue
