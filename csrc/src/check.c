@@ -73,8 +73,8 @@ static int make_tables(struct tp_check *check, struct tp_error *err)
 	    !check->internals)
 		return tp_fail(err, TP_E_NO_MEMORY, "no memory to check %llu metadata blocks",
 			       (unsigned long long)nr);
-	return tp_check_counts_init(&check->counts, nr, err) ?:
-	       tp_check_space_maps_init(check, err);
+	return tp_check_counts_init(&check->counts, nr, err)
+		       ?: tp_check_space_maps_init(check, err);
 }
 
 static void refer_trees(struct tp_check *check, const struct tp_walk_superblock *superblock)

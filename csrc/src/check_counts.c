@@ -13,7 +13,7 @@ struct tp_check_carry {
 
 int tp_check_counts_init(struct tp_check_counts *counts, uint64_t nr, struct tp_error *err)
 {
-	*counts = (struct tp_check_counts){ .nr = nr };
+	*counts = (struct tp_check_counts){.nr = nr};
 	pthread_mutex_init(&counts->lock, NULL);
 	counts->low = tp_walk_map(nr);
 	if (!counts->low)

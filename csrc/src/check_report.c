@@ -119,7 +119,7 @@ const char *tp_check_type_name(uint32_t type)
 
 const char *tp_check_severity_name(uint32_t severity)
 {
-	static const char *const names[] = { NULL, "fatal", "leak", "note" };
+	static const char *const names[] = {NULL, "fatal", "leak", "note"};
 
 	return severity < sizeof(names) / sizeof(*names) ? names[severity] : NULL;
 }
@@ -200,8 +200,8 @@ void tp_check_report(struct tp_check *check, struct tp_check_record record)
 void tp_check_report_fault(struct tp_check *check, enum tp_check_use use, uint64_t block,
 			   const struct tp_walk_fault *fault)
 {
-	struct tp_check_record record = tp_check_at(fault->type, TP_CHECK_FATAL,
-						    tp_check_use_structure(use), block);
+	struct tp_check_record record =
+		tp_check_at(fault->type, TP_CHECK_FATAL, tp_check_use_structure(use), block);
 
 	if (use == TP_USE_DEVICE_TREE)
 		record.device = check->infos[block].device;
@@ -211,10 +211,10 @@ void tp_check_report_fault(struct tp_check *check, enum tp_check_use use, uint64
 	tp_check_report(check, record);
 }
 
-#define ORDER(a, b)                                                                               \
-	do {                                                                                      \
-		if ((a) != (b))                                                                   \
-			return (a) < (b) ? -1 : 1;                                                \
+#define ORDER(a, b)                                                                                \
+	do {                                                                                       \
+		if ((a) != (b))                                                                    \
+			return (a) < (b) ? -1 : 1;                                                 \
 	} while (0)
 
 static int compare_records(const void *a, const void *b)
@@ -254,9 +254,9 @@ __attribute__((format(printf, 2, 3))) static void add(struct words *words, const
 	nr = vsnprintf(words->text + words->used, words->room - words->used, format, args);
 	va_end(args);
 	if (nr > 0)
-		words->used += (size_t)nr < words->room - words->used ?
-				       (size_t)nr :
-				       words->room - words->used - 1;
+		words->used += (size_t)nr < words->room - words->used
+				       ? (size_t)nr
+				       : words->room - words->used - 1;
 }
 
 static void add_where(struct words *words, const struct tp_check_record *r)
@@ -321,12 +321,15 @@ static void describe_block(struct words *words, const struct tp_check_record *r)
 		add(words, "unknown feature flags 0x%" PRIx64, r->found);
 		break;
 	case TP_CHECK_DATA_BLOCK_SIZE:
-		add(words, "data block size is %" PRIu64 " sectors, wanted a multiple of 128 up to %u",
+		add(words,
+		    "data block size is %" PRIu64 " sectors, wanted a multiple of 128 up to %u",
 		    r->found, TP_DATA_BLOCK_SECTORS_MAX);
 		break;
 	case TP_CHECK_METADATA_BLOCK_SIZE:
-		add(words, "metadata block size is %" PRIu64 " sectors, wanted %" PRIu64
-			   "; nobody reads it", r->found, r->wanted);
+		add(words,
+		    "metadata block size is %" PRIu64 " sectors, wanted %" PRIu64
+		    "; nobody reads it",
+		    r->found, r->wanted);
 		break;
 	case TP_CHECK_FLAGS:
 		add(words, "unknown flags 0x%" PRIx64, r->found);
@@ -365,8 +368,7 @@ static void describe_node(struct words *words, const struct tp_check_record *r)
 		add(words, "room for %" PRIu64 " entries, wanted %" PRIu64, r->found, r->wanted);
 		break;
 	case TP_CHECK_NODE_UNDERFULL:
-		add(words, "%" PRIu64 " entries, wanted %" PRIu64 " at least", r->found,
-		    r->wanted);
+		add(words, "%" PRIu64 " entries, wanted %" PRIu64 " at least", r->found, r->wanted);
 		break;
 	case TP_CHECK_NODE_EMPTY:
 		add(words, "an internal node without children");
@@ -379,12 +381,15 @@ static void describe_node(struct words *words, const struct tp_check_record *r)
 		add(words, "entry %" PRIu64 " has key %" PRIu64 " again", r->key, r->found);
 		break;
 	case TP_CHECK_SEPARATOR_HIGH:
-		add(words, "separator %" PRIu64 " is %" PRIu64 ", above its child's first key %"
-			   PRIu64, r->key, r->found, r->wanted);
+		add(words,
+		    "separator %" PRIu64 " is %" PRIu64 ", above its child's first key %" PRIu64,
+		    r->key, r->found, r->wanted);
 		break;
 	case TP_CHECK_SEPARATOR_OVERLAP:
-		add(words, "separator %" PRIu64 " is %" PRIu64 ", not above the last key %" PRIu64
-			   " of the child before it", r->key, r->found, r->wanted);
+		add(words,
+		    "separator %" PRIu64 " is %" PRIu64 ", not above the last key %" PRIu64
+		    " of the child before it",
+		    r->key, r->found, r->wanted);
 		break;
 	case TP_CHECK_UNEQUAL_DEPTH:
 		add(words, "child %" PRIu64 " is %" PRIu64 " levels high, others %" PRIu64, r->key,
@@ -419,13 +424,15 @@ static void describe_device(struct words *words, const struct tp_check_record *r
 		    r->key, r->found, r->wanted);
 		break;
 	case TP_CHECK_MAPPING_PAST_END:
-		add(words, "virtual block %" PRIu64 " is mapped to data block %" PRIu64 ", of %"
-			   PRIu64, r->key, r->found, r->wanted);
+		add(words,
+		    "virtual block %" PRIu64 " is mapped to data block %" PRIu64 ", of %" PRIu64,
+		    r->key, r->found, r->wanted);
 		break;
 	case TP_CHECK_MAPPING_TIME:
-		add(words, "virtual block %" PRIu64 " was mapped at time %" PRIu64
-			   ", the pool is at %" PRIu64 ": snapshots would not keep it", r->key,
-		    r->found, r->wanted);
+		add(words,
+		    "virtual block %" PRIu64 " was mapped at time %" PRIu64
+		    ", the pool is at %" PRIu64 ": snapshots would not keep it",
+		    r->key, r->found, r->wanted);
 		break;
 	default:
 		TP_ASSERT(false);
@@ -451,8 +458,10 @@ static void describe_map(struct words *words, const struct tp_check_record *r)
 		    r->found, r->wanted);
 		break;
 	case TP_CHECK_BITS_BEYOND_END:
-		add(words, "bitmap %" PRIu64 " counts blocks past the end of the device: they leak "
-			   "when it grows", r->key);
+		add(words,
+		    "bitmap %" PRIu64 " counts blocks past the end of the device: they leak "
+		    "when it grows",
+		    r->key);
 		break;
 	case TP_CHECK_COUNT_LOW:
 	case TP_CHECK_COUNT_HIGH:
@@ -488,12 +497,16 @@ static void describe_map(struct words *words, const struct tp_check_record *r)
 		    r->severity == TP_CHECK_NOTE ? "" : ": hides free space");
 		break;
 	case TP_CHECK_NONE_FREE_BEFORE:
-		add(words, "none_free_before of bitmap %" PRIu64 " is %" PRIu64 " and hides %"
-			   PRIu64 " free blocks", r->key, r->found, r->wanted);
+		add(words,
+		    "none_free_before of bitmap %" PRIu64 " is %" PRIu64 " and hides %" PRIu64
+		    " free blocks",
+		    r->key, r->found, r->wanted);
 		break;
 	case TP_CHECK_COUNTS_UNJUDGED:
-		add(words, "%" PRIu64 " counts are higher than what was found, which says nothing "
-			   "while parts of the trees are unreadable", r->found);
+		add(words,
+		    "%" PRIu64 " counts are higher than what was found, which says nothing "
+		    "while parts of the trees are unreadable",
+		    r->found);
 		break;
 	default:
 		TP_ASSERT(false);
@@ -502,7 +515,7 @@ static void describe_map(struct words *words, const struct tp_check_record *r)
 
 static void describe(const struct tp_check_record *r, char *text, size_t room)
 {
-	struct words words = { .text = text, .room = room };
+	struct words words = {.text = text, .room = room};
 
 	text[0] = '\0';
 	add_where(&words, r);

@@ -12,8 +12,8 @@
 #include "thinpool/check.h"
 #include "thinpool/error.h"
 
-#define STALE_BY_THIN_RESTORE 1u	/* blocks */
-#define EVEN_BITS UINT64_C(0x5555555555555555)
+#define STALE_BY_THIN_RESTORE 1u /* blocks */
+#define EVEN_BITS             UINT64_C(0x5555555555555555)
 
 static enum tp_check_structure structure_of(const struct tp_check_space_map *map)
 {
@@ -90,9 +90,9 @@ static void run_count(struct run *run, uint64_t bitmap_block, uint64_t number, u
 void tp_check_overflow_entry(struct tp_check *check, uint64_t leaf, uint64_t key, uint32_t count)
 {
 	struct tp_check_space_map *map = check->visiting;
-	struct run run = { .check = check, .map = map };
-	enum tp_check_structure tree = map->metadata ? TP_CHECK_IN_METADATA_OVERFLOW :
-						       TP_CHECK_IN_DATA_OVERFLOW;
+	struct run run = {.check = check, .map = map};
+	enum tp_check_structure tree =
+		map->metadata ? TP_CHECK_IN_METADATA_OVERFLOW : TP_CHECK_IN_DATA_OVERFLOW;
 	uint64_t wanted;
 
 	if (key >= map->nr_blocks) {
@@ -121,12 +121,12 @@ void tp_check_overflow_entry(struct tp_check *check, uint64_t leaf, uint64_t key
 /* What entries [first, first + nr) should say, as a word. nr <= 32. */
 static uint64_t wanted_word(const struct tp_check_counts *counts, uint64_t first, unsigned nr)
 {
-	static const uint8_t pairs[4] = { 0, 2, 1, 3 };
+	static const uint8_t pairs[4] = {0, 2, 1, 3};
 	uint64_t word = 0;
 
 	for (unsigned i = 0; i < nr; i++) {
-		uint64_t count = counts->nr_carries ? tp_check_counts_get(counts, first + i) :
-						      counts->low[first + i];
+		uint64_t count = counts->nr_carries ? tp_check_counts_get(counts, first + i)
+						    : counts->low[first + i];
 
 		word |= (uint64_t)pairs[count < 3 ? count : 3] << 2 * i;
 	}
@@ -149,17 +149,16 @@ static void check_entry(struct run *run, uint64_t bitmap_block, uint64_t number,
 		return;
 	wanted = tp_check_counts_get(map->counts, number);
 	/* A pair of 3 with an entry was compared by the entry. */
-	if (pair < TP_COUNT_OVERFLOW ? pair != wanted :
-				       !overflowing && wanted < TP_COUNT_OVERFLOW)
+	if (pair < TP_COUNT_OVERFLOW ? pair != wanted : !overflowing && wanted < TP_COUNT_OVERFLOW)
 		run_count(run, bitmap_block, number, pair, wanted);
 }
 
 /* The bits of `overflowing` for 32 entries, spread to pairs like a word of threes. */
 static uint64_t overflow_word(const struct tp_check_space_map *map, uint64_t first)
 {
-	uint64_t bits = __atomic_load_n(&map->overflowing[first / 64], __ATOMIC_RELAXED) >>
-				first % 64 &
-			UINT32_MAX;
+	uint64_t bits =
+		__atomic_load_n(&map->overflowing[first / 64], __ATOMIC_RELAXED) >> first % 64 &
+		UINT32_MAX;
 
 	if (!bits)
 		return 0;
@@ -188,9 +187,9 @@ static void scan(struct run *run, uint64_t index, const struct tp_disk_bitmap *b
 	for (unsigned w = 0; w < TP_BITMAP_WORDS; w++) {
 		uint64_t word = tp_le64_get(bitmap->words[w]);
 		unsigned at = w * TP_WORD_ENTRIES;
-		unsigned nr = at >= nr_entries ? 0 :
-			      nr_entries - at < TP_WORD_ENTRIES ? (unsigned)(nr_entries - at) :
-								  TP_WORD_ENTRIES;
+		unsigned nr = at >= nr_entries                    ? 0
+			      : nr_entries - at < TP_WORD_ENTRIES ? (unsigned)(nr_entries - at)
+								  : TP_WORD_ENTRIES;
 		uint64_t live = nr == TP_WORD_ENTRIES ? UINT64_MAX : (UINT64_C(1) << 2 * nr) - 1;
 		uint64_t used = (word | word >> 1) & EVEN_BITS & live;
 		uint64_t nr_used = (unsigned)__builtin_popcountll(used);
@@ -222,15 +221,15 @@ static void check_hints(struct tp_check *check, const struct tp_check_space_map 
 			uint64_t index, const struct found *found)
 {
 	const struct tp_check_bitmap *entry = &map->bitmaps[index];
-	enum tp_check_structure structure = map->metadata ? TP_CHECK_IN_METADATA_INDEX :
-							    TP_CHECK_IN_DATA_INDEX;
+	enum tp_check_structure structure =
+		map->metadata ? TP_CHECK_IN_METADATA_INDEX : TP_CHECK_IN_DATA_INDEX;
 	uint64_t tolerated = map->metadata ? STALE_BY_THIN_RESTORE : 0;
 	uint64_t wanted = TP_BITMAP_ENTRIES - found->nr_used;
 
 	if (entry->nr_free != wanted)
 		say(check, TP_CHECK_NR_FREE,
-		    entry->nr_free == 0 && found->nr_free > tolerated ? TP_CHECK_FATAL :
-									TP_CHECK_NOTE,
+		    entry->nr_free == 0 && found->nr_free > tolerated ? TP_CHECK_FATAL
+								      : TP_CHECK_NOTE,
 		    structure, entry->index_block, index, entry->nr_free, wanted);
 	if (found->nr_free_hidden)
 		say(check, TP_CHECK_NONE_FREE_BEFORE,
@@ -249,9 +248,9 @@ static void visit_bitmap(void *argument, unsigned thread, uint64_t block, const 
 	struct tp_check_space_map *map = check->visiting;
 	uint64_t index = check->infos[block].first_key;
 	uint64_t left = map->nr_blocks - index * TP_BITMAP_ENTRIES;
-	struct tp_walk_fault fault = { .type = TP_CHECK_IO_ERROR, .key = UINT64_MAX };
-	struct run run = { .check = check, .map = map };
-	struct found found = { 0 };
+	struct tp_walk_fault fault = {.type = TP_CHECK_IO_ERROR, .key = UINT64_MAX};
+	struct run run = {.check = check, .map = map};
+	struct found found = {0};
 
 	(void)thread;
 	if (!data)
@@ -294,8 +293,7 @@ static void take_index_entry(struct tp_check *check, struct tp_check_space_map *
 	};
 }
 
-void tp_check_index_entry(struct tp_check *check, uint64_t leaf, uint64_t key,
-			  const uint8_t *value)
+void tp_check_index_entry(struct tp_check *check, uint64_t leaf, uint64_t key, const uint8_t *value)
 {
 	struct tp_check_space_map *map = &check->data_map;
 
@@ -310,7 +308,7 @@ static void read_metadata_index(struct tp_check *check)
 	uint8_t data[TP_MD_BLOCK_SIZE] __attribute__((aligned(4096)));
 	const struct tp_disk_metadata_index *index = (const void *)data;
 	struct tp_check_space_map *map = &check->metadata_map;
-	struct tp_walk_fault fault = { .type = TP_CHECK_IO_ERROR, .key = UINT64_MAX };
+	struct tp_walk_fault fault = {.type = TP_CHECK_IO_ERROR, .key = UINT64_MAX};
 	uint64_t block = map->bitmap_root;
 	int rc;
 
@@ -347,8 +345,8 @@ static void say_missing(struct tp_check *check, const struct tp_check_space_map 
 			;
 		if (end == i)
 			continue;
-		record = tp_check_at(TP_CHECK_INDEX_MISSING, TP_CHECK_FATAL,
-				     TP_CHECK_IN_DATA_INDEX, map->bitmap_root);
+		record = tp_check_at(TP_CHECK_INDEX_MISSING, TP_CHECK_FATAL, TP_CHECK_IN_DATA_INDEX,
+				     map->bitmap_root);
 		record.key = i;
 		record.length = end - i;
 		record.found = 0;
@@ -361,8 +359,8 @@ static void say_missing(struct tp_check *check, const struct tp_check_space_map 
 
 static int map_init(struct tp_check *check, struct tp_check_space_map *map, struct tp_error *err)
 {
-	uint64_t nr_bitmaps = map->nr_blocks / TP_BITMAP_ENTRIES +
-			      (map->nr_blocks % TP_BITMAP_ENTRIES != 0);
+	uint64_t nr_bitmaps =
+		map->nr_blocks / TP_BITMAP_ENTRIES + (map->nr_blocks % TP_BITMAP_ENTRIES != 0);
 	uint64_t limit = map->metadata ? TP_INDEX_ENTRIES : check->nr_blocks;
 
 	if (nr_bitmaps > limit || map->nr_blocks > TP_DATA_BLOCKS_MAX) {
@@ -411,12 +409,13 @@ int tp_check_space_maps_init(struct tp_check *check, struct tp_error *err)
 		return 0;
 	nr_counted = data->nr_bitmaps * TP_BITMAP_ENTRIES;
 	return tp_check_counts_init(&check->data_counts,
-				    nr_counted < data->nr_blocks ? nr_counted : data->nr_blocks, err);
+				    nr_counted < data->nr_blocks ? nr_counted : data->nr_blocks,
+				    err);
 }
 
 void tp_check_space_maps_deinit(struct tp_check *check)
 {
-	struct tp_check_space_map *maps[] = { &check->data_map, &check->metadata_map };
+	struct tp_check_space_map *maps[] = {&check->data_map, &check->metadata_map};
 
 	for (int i = 0; i < 2; i++) {
 		free(maps[i]->bitmaps);
@@ -450,9 +449,9 @@ static void check_totals(struct tp_check *check, struct tp_check_space_map *map)
 	if (map->unreadable || map->nr_allocated == map->nr_used)
 		return;
 	say(check, TP_CHECK_NR_ALLOCATED,
-	    map->nr_allocated > map->nr_blocks || (none_left && map->nr_free_found > tolerated) ?
-		    TP_CHECK_FATAL :
-		    TP_CHECK_NOTE,
+	    map->nr_allocated > map->nr_blocks || (none_left && map->nr_free_found > tolerated)
+		    ? TP_CHECK_FATAL
+		    : TP_CHECK_NOTE,
 	    structure_of(map), TP_SUPERBLOCK_LOCATION, UINT64_MAX, map->nr_allocated, map->nr_used);
 }
 

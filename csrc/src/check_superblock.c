@@ -49,8 +49,8 @@ static void check_fields(struct tp_check *check, const uint8_t *data, uint64_t b
 
 	/* thin_restore writes version 1 when its input names none, and nobody reads the field. */
 	if (version != TP_SUPERBLOCK_VERSION)
-		say(check, TP_CHECK_VERSION, version == 1 ? TP_CHECK_NOTE : TP_CHECK_FATAL, in, block,
-		    version, TP_SUPERBLOCK_VERSION);
+		say(check, TP_CHECK_VERSION, version == 1 ? TP_CHECK_NOTE : TP_CHECK_FATAL, in,
+		    block, version, TP_SUPERBLOCK_VERSION);
 	if (tp_le32_get(disk->incompat_flags))
 		say(check, TP_CHECK_FEATURES, TP_CHECK_FATAL, in, block,
 		    tp_le32_get(disk->incompat_flags), 0);
@@ -111,9 +111,9 @@ static bool check_held(struct tp_check *check)
 	int rc;
 
 	if (block == TP_SUPERBLOCK_LOCATION || block >= check->nr_blocks) {
-		struct tp_check_record record = tp_check_at(TP_CHECK_POINTER_OUT_OF_RANGE,
-							    TP_CHECK_FATAL, IN_LIVE,
-							    TP_SUPERBLOCK_LOCATION);
+		struct tp_check_record record =
+			tp_check_at(TP_CHECK_POINTER_OUT_OF_RANGE, TP_CHECK_FATAL, IN_LIVE,
+				    TP_SUPERBLOCK_LOCATION);
 
 		record.found = block;
 		record.wanted = check->nr_blocks;
@@ -166,9 +166,9 @@ int tp_check_superblocks(struct tp_check *check, struct tp_error *err)
 		wanted = device_blocks;
 	}
 	check->nr_blocks = wanted < TP_MD_BLOCKS_MAX ? wanted : TP_MD_BLOCKS_MAX;
-	check->progress_total = check->metadata_map.nr_allocated < check->nr_blocks ?
-					check->metadata_map.nr_allocated :
-					check->nr_blocks;
+	check->progress_total = check->metadata_map.nr_allocated < check->nr_blocks
+					? check->metadata_map.nr_allocated
+					: check->nr_blocks;
 	if (check->live.held_root || check->options.use_metadata_snapshot)
 		check->has_held = check->live.held_root && check_held(check);
 	check->stop = false;

@@ -132,8 +132,7 @@ bool tp_check_refer(struct tp_check *check, enum tp_check_use use, uint64_t bloc
 	return true;
 }
 
-static void visit_top_level(struct tp_check *check, uint64_t block,
-			    const struct tp_walk_node *node)
+static void visit_top_level(struct tp_check *check, uint64_t block, const struct tp_walk_node *node)
 {
 	for (uint32_t i = 0; i < node->nr_entries; i++) {
 		uint64_t id = tp_walk_key(node, i);
@@ -168,8 +167,7 @@ static void say_mapping(struct tp_check *check, enum tp_check_type type, uint64_
 	tp_check_report(check, record);
 }
 
-static void visit_mappings(struct tp_check *check, uint64_t block,
-			   const struct tp_walk_node *node)
+static void visit_mappings(struct tp_check *check, uint64_t block, const struct tp_walk_node *node)
 {
 	struct tp_check_counts *counts = &check->data_counts;
 	uint64_t end = check->nr_data_blocks;
@@ -196,9 +194,8 @@ static void visit_details(struct tp_check *check, uint64_t block, const struct t
 {
 	for (uint32_t i = 0; i < node->nr_entries; i++) {
 		uint64_t id = tp_walk_key(node, i);
-		struct tp_check_record record = record_at(check, TP_CHECK_DEVICE_ID,
-							  TP_CHECK_FATAL, TP_USE_DETAILS_TREE,
-							  block);
+		struct tp_check_record record = record_at(check, TP_CHECK_DEVICE_ID, TP_CHECK_FATAL,
+							  TP_USE_DETAILS_TREE, block);
 		struct tp_disk_device_details details;
 		uint32_t created, snapshotted;
 
@@ -251,8 +248,8 @@ static void visit_leaf(struct tp_check *check, enum tp_check_use use, uint64_t b
 static void check_shape(struct tp_check *check, enum tp_check_use use, uint64_t block,
 			const struct tp_walk_node *node)
 {
-	uint32_t formula = 3 * ((TP_MD_BLOCK_SIZE - TP_NODE_HEADER_SIZE) / (8 + node->value_size) /
-				3);
+	uint32_t formula =
+		3 * ((TP_MD_BLOCK_SIZE - TP_NODE_HEADER_SIZE) / (8 + node->value_size) / 3);
 	uint32_t disorder = tp_walk_node_disorder(node);
 	struct tp_check_record record;
 
@@ -274,10 +271,9 @@ static void check_shape(struct tp_check *check, enum tp_check_use use, uint64_t 
 		uint64_t key = tp_walk_key(node, disorder);
 		uint64_t before = tp_walk_key(node, disorder - 1);
 
-		record = record_at(check,
-				   key == before ? TP_CHECK_KEYS_DUPLICATE :
-						   TP_CHECK_KEYS_OUT_OF_ORDER,
-				   TP_CHECK_FATAL, use, block);
+		record = record_at(
+			check, key == before ? TP_CHECK_KEYS_DUPLICATE : TP_CHECK_KEYS_OUT_OF_ORDER,
+			TP_CHECK_FATAL, use, block);
 		record.key = disorder;
 		record.found = key;
 		record.wanted = before;
@@ -291,7 +287,7 @@ static void visit_node(void *argument, unsigned thread, uint64_t block, const vo
 	struct tp_check *check = argument;
 	enum tp_check_use use = check->uses[block];
 	struct tp_check_info *info = &check->infos[block];
-	struct tp_walk_fault fault = { .type = TP_CHECK_IO_ERROR, .key = UINT64_MAX };
+	struct tp_walk_fault fault = {.type = TP_CHECK_IO_ERROR, .key = UINT64_MAX};
 	struct tp_walk_node node;
 	uint8_t state = TP_INFO_USABLE;
 
@@ -431,7 +427,7 @@ static void visit_again(void *argument, unsigned thread, uint64_t block, const v
 {
 	struct tp_check *check = argument;
 	enum tp_check_use use = check->uses[block];
-	struct tp_walk_fault fault = { .type = TP_CHECK_IO_ERROR, .key = UINT64_MAX };
+	struct tp_walk_fault fault = {.type = TP_CHECK_IO_ERROR, .key = UINT64_MAX};
 	struct tp_walk_node node;
 
 	(void)thread;
@@ -504,7 +500,8 @@ void tp_check_walk(struct tp_check *check)
 	size_t bytes = tp_walk_words(check->nr_blocks) * 8;
 
 	memset(check->internals, 0, bytes);
-	for (unsigned level = 0; next_bit(check, check->next_level, 0) < check->nr_blocks; level++) {
+	for (unsigned level = 0; next_bit(check, check->next_level, 0) < check->nr_blocks;
+	     level++) {
 		uint64_t *swap = check->level;
 
 		if (level == TP_WALK_LEVELS_MAX || tp_walk_cancelled(check->reader)) {

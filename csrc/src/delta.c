@@ -15,7 +15,7 @@
 #include "thinpool/walk.h"
 
 #define WINDOW_LEAVES 512u /* of each side */
-#define BATCH_NODES 512u
+#define BATCH_NODES   512u
 
 struct node_ref {
 	uint64_t key; /* its separator: no key in it or after it is below */
@@ -89,12 +89,11 @@ static int add_child(struct tp_delta *delta, struct node_ref **nodes, size_t *nr
 		     struct node_ref child, struct tp_error *err)
 {
 	if (*nr && child.key <= (*nodes)[*nr - 1].key)
-		return tp_fail_block(err, TP_E_NODE_MALFORMED, child.block, child.key,
-				     (*nodes)[*nr - 1].key + 1,
-				     "metadata block %llu: its separator %llu is not above the one "
-				     "before it",
-				     (unsigned long long)child.block,
-				     (unsigned long long)child.key);
+		return tp_fail_block(
+			err, TP_E_NODE_MALFORMED, child.block, child.key, (*nodes)[*nr - 1].key + 1,
+			"metadata block %llu: its separator %llu is not above the one "
+			"before it",
+			(unsigned long long)child.block, (unsigned long long)child.key);
 	if (*nr >= tp_walk_reader_nr_blocks(delta->reader))
 		return tp_fail_block(err, TP_E_NODE_MALFORMED, child.block, 0, 0,
 				     "a tree with more nodes than the device has blocks");
@@ -142,8 +141,8 @@ static int expand_batch(struct tp_delta *delta, const struct side *side, size_t 
 					   (unsigned long long)ref->block, side->height);
 		for (uint32_t k = 0; !rc && k < node.nr_entries; k++)
 			rc = add_child(delta, nodes, nr_nodes, room,
-				       (struct node_ref){ .key = tp_walk_key(&node, k),
-							  .block = tp_walk_value64(&node, k) },
+				       (struct node_ref){.key = tp_walk_key(&node, k),
+							 .block = tp_walk_value64(&node, k)},
 				       err);
 	}
 	free(slots);
@@ -241,8 +240,7 @@ static int expand_all(struct tp_delta *delta, struct tp_error *err)
 
 /* ---- open, close ------------------------------------------------------------------------- */
 
-static int side_init(struct tp_delta *delta, struct side *side, uint64_t root,
-		     struct tp_error *err)
+static int side_init(struct tp_delta *delta, struct side *side, uint64_t root, struct tp_error *err)
 {
 	side->nodes = malloc(sizeof(*side->nodes));
 	side->slots = malloc((size_t)WINDOW_LEAVES * TP_MD_BLOCK_SIZE);
@@ -250,7 +248,7 @@ static int side_init(struct tp_delta *delta, struct side *side, uint64_t root,
 	side->statuses = malloc(WINDOW_LEAVES * sizeof(*side->statuses));
 	if (!side->nodes || !side->slots || !side->blocks || !side->statuses)
 		return tp_fail(err, TP_E_NO_MEMORY, "no memory for a delta");
-	side->nodes[0] = (struct node_ref){ .key = 0, .block = root };
+	side->nodes[0] = (struct node_ref){.key = 0, .block = root};
 	side->nr = 1;
 	return find_height(delta, root, &side->height, err);
 }
@@ -506,8 +504,8 @@ static int next_window(struct tp_delta *delta, struct tp_error *err)
 	return rc;
 }
 
-int tp_delta_next(struct tp_delta *delta, struct tp_delta_run *runs, size_t max,
-		  size_t *count_ret, struct tp_error *err)
+int tp_delta_next(struct tp_delta *delta, struct tp_delta_run *runs, size_t max, size_t *count_ret,
+		  struct tp_error *err)
 {
 	size_t count = 0;
 

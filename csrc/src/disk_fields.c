@@ -3,17 +3,17 @@
 #include "thinpool/abi.h"
 #include "thinpool/disk_format.h"
 
-#define FIELD(record, type, member)                                                               \
-	{ record, #member, (uint32_t)offsetof(struct type, member),                               \
-	  (uint32_t)sizeof(((struct type *)0)->member) }
+#define FIELD(record, type, member)                                                                \
+	{record, #member, (uint32_t)offsetof(struct type, member),                                 \
+	 (uint32_t)sizeof(((struct type *)0)->member)}
 
-#define SUPERBLOCK(member) FIELD("superblock", tp_disk_superblock, member)
-#define MAP_ROOT(member) FIELD("space_map_root", tp_disk_space_map_root, member)
-#define NODE(member) FIELD("node_header", tp_disk_node_header, member)
-#define DETAILS(member) FIELD("device_details", tp_disk_device_details, member)
+#define SUPERBLOCK(member)  FIELD("superblock", tp_disk_superblock, member)
+#define MAP_ROOT(member)    FIELD("space_map_root", tp_disk_space_map_root, member)
+#define NODE(member)        FIELD("node_header", tp_disk_node_header, member)
+#define DETAILS(member)     FIELD("device_details", tp_disk_device_details, member)
 #define INDEX_ENTRY(member) FIELD("index_entry", tp_disk_index_entry, member)
-#define INDEX(member) FIELD("metadata_index", tp_disk_metadata_index, member)
-#define BITMAP(member) FIELD("bitmap", tp_disk_bitmap, member)
+#define INDEX(member)       FIELD("metadata_index", tp_disk_metadata_index, member)
+#define BITMAP(member)      FIELD("bitmap", tp_disk_bitmap, member)
 
 static const struct tp_disk_field fields[] = {
 	SUPERBLOCK(csum),

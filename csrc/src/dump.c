@@ -19,8 +19,8 @@ struct tp_dump {
 	struct tp_walk_cursor *cursor;
 	uint64_t device_id;
 	const struct tp_walk_node *leaf; /* NULL: the next one is wanted */
-	uint32_t index;			 /* in leaf */
-	struct tp_dump_run run;		 /* begun; length 0: none */
+	uint32_t index;                  /* in leaf */
+	struct tp_dump_run run;          /* begun; length 0: none */
 };
 
 int tp_dump_open(struct tp_bdev *metadata, uint32_t use_metadata_snapshot,
@@ -33,8 +33,8 @@ int tp_dump_open(struct tp_bdev *metadata, uint32_t use_metadata_snapshot,
 		return tp_fail(err, TP_E_NO_MEMORY, "no memory for a dump");
 	rc = tp_walk_reader_create(metadata, 0, &dump->reader, err);
 	if (!rc)
-		rc = tp_walk_superblock_read(dump->reader, use_metadata_snapshot,
-					     &dump->superblock, err);
+		rc = tp_walk_superblock_read(dump->reader, use_metadata_snapshot, &dump->superblock,
+					     err);
 	if (!rc)
 		rc = tp_walk_devices(dump->reader, &dump->superblock, &dump->devices,
 				     &dump->nr_devices, err);
@@ -114,7 +114,7 @@ int tp_dump_select(struct tp_dump *dump, uint64_t device_id, struct tp_error *er
 	tp_walk_cursor_destroy(dump->cursor);
 	dump->cursor = NULL;
 	dump->leaf = NULL;
-	dump->run = (struct tp_dump_run){ 0 };
+	dump->run = (struct tp_dump_run){0};
 	dump->device_id = device_id;
 	return tp_walk_cursor_create(dump->reader, device->root, TP_MAPPING_VALUE_SIZE,
 				     &dump->cursor, err);

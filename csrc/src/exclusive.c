@@ -31,7 +31,7 @@ struct exclusive {
 	uint64_t *leaves;
 	struct tp_check_counts total;
 	struct tp_check_counts ours; /* entries in leaves of label 1, for a set */
-	uint64_t *claimed;	     /* bits: data blocks of the set that were added up already */
+	uint64_t *claimed;           /* bits: data blocks of the set that were added up already */
 	bool set;
 	uint64_t *blocks; /* by label - 1 */
 	pthread_mutex_t lock;
@@ -60,7 +60,7 @@ static int failed(struct exclusive *e, struct tp_error *err)
 static bool load(struct exclusive *e, uint64_t block, const void *data,
 		 struct tp_walk_node *node_ret)
 {
-	struct tp_error err = { 0 };
+	struct tp_error err = {0};
 	uint8_t again[TP_MD_BLOCK_SIZE] __attribute__((aligned(4096)));
 	int rc = data ? 0 : tp_walk_read(e->reader, block, again, &err);
 
@@ -79,7 +79,7 @@ static void mark(struct exclusive *e, uint64_t block, uint32_t label)
 	uint32_t before = 0;
 
 	if (block >= e->nr_blocks) {
-		struct tp_error err = { 0 };
+		struct tp_error err = {0};
 
 		tp_fail_block(&err, TP_E_NODE_MALFORMED, block, block, e->nr_blocks,
 			      "a pointer to metadata block %llu, of %llu",
@@ -134,7 +134,7 @@ static void visit_count(void *argument, unsigned thread, uint64_t block, const v
 		uint64_t data_block = tp_mapping_block(tp_walk_value64(&node, i));
 
 		if (data_block >= e->nr_data_blocks) {
-			struct tp_error err = { 0 };
+			struct tp_error err = {0};
 
 			tp_fail_block(&err, TP_E_MAPPING_OUT_OF_RANGE, block, data_block,
 				      e->nr_data_blocks,
@@ -162,7 +162,7 @@ static bool adds_up(struct exclusive *e, uint64_t data_block)
 }
 
 static void visit_ours(void *argument, unsigned thread, uint64_t block, const void *data,
-			 int status)
+		       int status)
 {
 	struct exclusive *e = argument;
 	uint32_t label = e->labels[block];
@@ -227,7 +227,7 @@ static struct wanted_id *sort_ids(const uint64_t *ids, size_t nr_ids, bool set,
 		return NULL;
 	}
 	for (size_t i = 0; i < nr_ids; i++)
-		wanted[i] = (struct wanted_id){ ids[i], set ? 1 : (uint32_t)i + 1 };
+		wanted[i] = (struct wanted_id){ids[i], set ? 1 : (uint32_t)i + 1};
 	qsort(wanted, nr_ids, sizeof(*wanted), compare_wanted);
 	return wanted;
 }
@@ -321,10 +321,9 @@ static int work(struct exclusive *e, bool use_metadata_snapshot, const struct wa
 }
 
 static int exclusive(struct tp_bdev *metadata, bool use_metadata_snapshot, bool set,
-		     const uint64_t *ids, size_t nr_ids, uint64_t *blocks_ret,
-		     struct tp_error *err)
+		     const uint64_t *ids, size_t nr_ids, uint64_t *blocks_ret, struct tp_error *err)
 {
-	struct exclusive e = { .set = set, .blocks = blocks_ret };
+	struct exclusive e = {.set = set, .blocks = blocks_ret};
 	struct wanted_id *wanted = sort_ids(ids, nr_ids, set, err);
 	uint64_t bytes;
 	int rc = 0;
@@ -361,9 +360,8 @@ int tp_exclusive(struct tp_bdev *metadata, uint32_t use_metadata_snapshot, const
 	return exclusive(metadata, use_metadata_snapshot, true, ids, nr_ids, blocks_ret, err);
 }
 
-int tp_exclusive_each(struct tp_bdev *metadata, uint32_t use_metadata_snapshot,
-		      const uint64_t *ids, size_t nr_ids, uint64_t *blocks_ret,
-		      struct tp_error *err)
+int tp_exclusive_each(struct tp_bdev *metadata, uint32_t use_metadata_snapshot, const uint64_t *ids,
+		      size_t nr_ids, uint64_t *blocks_ret, struct tp_error *err)
 {
 	return exclusive(metadata, use_metadata_snapshot, false, ids, nr_ids, blocks_ret, err);
 }

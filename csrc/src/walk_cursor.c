@@ -35,12 +35,12 @@ static void drop_level(struct level *level)
 	free(level->slots);
 	free(level->blocks);
 	free(level->statuses);
-	*level = (struct level){ 0 };
+	*level = (struct level){0};
 }
 
 /* node NULL: the root itself. */
-static int push_level(struct tp_walk_cursor *cursor, const struct tp_walk_node *node,
-		      uint64_t root, struct tp_error *err)
+static int push_level(struct tp_walk_cursor *cursor, const struct tp_walk_node *node, uint64_t root,
+		      struct tp_error *err)
 {
 	size_t nr = node ? node->nr_entries : 1;
 	struct level *level;
@@ -107,10 +107,10 @@ static int take_node(struct tp_walk_cursor *cursor, struct tp_walk_node *node_re
 		uint8_t again[TP_MD_BLOCK_SIZE] __attribute__((aligned(4096)));
 
 		/* Once more, for the error's text. */
-		return tp_walk_read(cursor->reader, level->blocks[i], again, err) ?:
-		       tp_fail_block(err, TP_E_IO, level->blocks[i], 0, 0,
-				     "metadata block %llu could not be read at first",
-				     (unsigned long long)level->blocks[i]);
+		return tp_walk_read(cursor->reader, level->blocks[i], again, err)
+			       ?: tp_fail_block(err, TP_E_IO, level->blocks[i], 0, 0,
+						"metadata block %llu could not be read at first",
+						(unsigned long long)level->blocks[i]);
 	}
 	return tp_walk_node_load(level->slots + i * TP_MD_BLOCK_SIZE, level->blocks[i],
 				 cursor->leaf_value_size, node_ret, err);
@@ -146,8 +146,8 @@ int tp_walk_cursor_next(struct tp_walk_cursor *cursor, const struct tp_walk_node
 		if (cursor->any_key && tp_walk_key(&node, 0) <= cursor->last_key) {
 			uint64_t block = level->blocks[level->next - 1];
 
-			return tp_fail_block(err, TP_E_NODE_MALFORMED, block,
-					     tp_walk_key(&node, 0), cursor->last_key + 1,
+			return tp_fail_block(err, TP_E_NODE_MALFORMED, block, tp_walk_key(&node, 0),
+					     cursor->last_key + 1,
 					     "metadata block %llu: its first key %llu is not above "
 					     "the leaf before it",
 					     (unsigned long long)block,
@@ -180,8 +180,8 @@ static uint32_t last_not_above(const struct tp_walk_node *node, uint64_t key)
 	return low ? low - 1 : node->nr_entries;
 }
 
-int tp_walk_lookup(struct tp_walk_reader *reader, uint64_t root, uint64_t key,
-		   uint64_t *value_ret, struct tp_error *err)
+int tp_walk_lookup(struct tp_walk_reader *reader, uint64_t root, uint64_t key, uint64_t *value_ret,
+		   struct tp_error *err)
 {
 	uint8_t data[TP_MD_BLOCK_SIZE] __attribute__((aligned(4096)));
 	uint64_t block = root;
@@ -231,15 +231,14 @@ static int read_superblock_at(struct tp_walk_reader *reader, uint64_t block,
 				     number, (unsigned long long)tp_le64_get(disk->magic),
 				     (unsigned long long)TP_SUPERBLOCK_MAGIC);
 	if (!tp_walk_block_check(buffer, block, TP_SALT_SUPERBLOCK, &fault))
-		return tp_fail_block(err,
-				     fault.type == TP_CHECK_CHECKSUM ? TP_E_SUPERBLOCK_CHECKSUM :
-								       TP_E_SUPERBLOCK_BLOCKNR,
-				     block, fault.found, fault.wanted,
-				     "superblock at block %llu: wrong %s: 0x%llx, wanted 0x%llx",
-				     number,
-				     fault.type == TP_CHECK_CHECKSUM ? "checksum" : "block number",
-				     (unsigned long long)fault.found,
-				     (unsigned long long)fault.wanted);
+		return tp_fail_block(
+			err,
+			fault.type == TP_CHECK_CHECKSUM ? TP_E_SUPERBLOCK_CHECKSUM
+							: TP_E_SUPERBLOCK_BLOCKNR,
+			block, fault.found, fault.wanted,
+			"superblock at block %llu: wrong %s: 0x%llx, wanted 0x%llx", number,
+			fault.type == TP_CHECK_CHECKSUM ? "checksum" : "block number",
+			(unsigned long long)fault.found, (unsigned long long)fault.wanted);
 	memcpy(out->uuid, disk->uuid, sizeof(out->uuid));
 	out->flags = tp_le32_get(disk->flags);
 	out->version = tp_le32_get(disk->version);
@@ -351,7 +350,7 @@ int tp_walk_devices(struct tp_walk_reader *reader, const struct tp_walk_superblo
 		    struct tp_walk_device **devices_ret, uint64_t *nr_devices_ret,
 		    struct tp_error *err)
 {
-	struct device_list list = { 0 };
+	struct device_list list = {0};
 	int rc = collect(reader, superblock->mapping_root, false, &list, err);
 
 	if (!rc)

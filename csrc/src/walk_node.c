@@ -7,12 +7,11 @@ bool tp_walk_block_check(const void *data, uint64_t block, uint32_t salt,
 			 struct tp_walk_fault *fault)
 {
 	const struct tp_disk_block_header *header = data;
-	uint32_t wanted = tp_crc32c(UINT32_MAX, (const uint8_t *)data + TP_CSUM_SKIP,
-				    TP_CSUM_LENGTH) ^
-			  salt;
+	uint32_t wanted =
+		tp_crc32c(UINT32_MAX, (const uint8_t *)data + TP_CSUM_SKIP, TP_CSUM_LENGTH) ^ salt;
 	uint32_t found = tp_le32_get(header->csum);
 
-	*fault = (struct tp_walk_fault){ .key = UINT64_MAX };
+	*fault = (struct tp_walk_fault){.key = UINT64_MAX};
 	if (found != wanted) {
 		fault->type = TP_CHECK_CHECKSUM;
 		fault->found = found;
@@ -97,11 +96,10 @@ int tp_walk_node_load(const void *data, uint64_t block, uint32_t leaf_value_size
 
 	if (!tp_walk_block_check(data, block, TP_SALT_NODE, &fault)) {
 		if (fault.type == TP_CHECK_CHECKSUM)
-			return tp_fail_block(err, TP_E_BLOCK_CHECKSUM, block, fault.found,
-					     fault.wanted,
-					     "metadata block %llu: checksum 0x%llx, wanted 0x%llx",
-					     number, (unsigned long long)fault.found,
-					     (unsigned long long)fault.wanted);
+			return tp_fail_block(
+				err, TP_E_BLOCK_CHECKSUM, block, fault.found, fault.wanted,
+				"metadata block %llu: checksum 0x%llx, wanted 0x%llx", number,
+				(unsigned long long)fault.found, (unsigned long long)fault.wanted);
 		return tp_fail_block(err, TP_E_BLOCK_NUMBER, block, fault.found, fault.wanted,
 				     "metadata block %llu says that it is block %llu", number,
 				     (unsigned long long)fault.found);

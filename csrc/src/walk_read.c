@@ -14,8 +14,8 @@
 #include "thinpool/error.h"
 #include "thinpool/walk.h"
 
-#define EXTENT_BLOCKS 128u	/* at most: 512 KiB, past which a read gains nothing */
-#define GAP_BLOCKS 8u		/* read along rather than start another read */
+#define EXTENT_BLOCKS 128u /* at most: 512 KiB, past which a read gains nothing */
+#define GAP_BLOCKS    8u   /* read along rather than start another read */
 
 struct tp_walk_reader {
 	struct tp_bdev *bdev;
@@ -112,12 +112,11 @@ uint64_t tp_walk_bit_next(const uint64_t *bits, uint64_t from, uint64_t nr_bits)
 int tp_walk_read(struct tp_walk_reader *reader, uint64_t block, void *buffer, struct tp_error *err)
 {
 	if (block >= reader->nr_blocks)
-		return tp_fail_block(err, TP_E_METADATA_TRUNCATED, block, reader->nr_blocks,
-				     block + 1,
-				     "metadata block %llu lies past the end of the device (%llu "
-				     "blocks)",
-				     (unsigned long long)block,
-				     (unsigned long long)reader->nr_blocks);
+		return tp_fail_block(
+			err, TP_E_METADATA_TRUNCATED, block, reader->nr_blocks, block + 1,
+			"metadata block %llu lies past the end of the device (%llu "
+			"blocks)",
+			(unsigned long long)block, (unsigned long long)reader->nr_blocks);
 	return tp_bdev_read(reader->bdev, block * TP_MD_BLOCK_SIZE, buffer, TP_MD_BLOCK_SIZE, err);
 }
 
@@ -130,7 +129,7 @@ struct visiting {
 	tp_walk_visit visit;
 	void *argument;
 	pthread_mutex_t lock;
-	uint64_t next;	/* under lock: where the next extent is looked for */
+	uint64_t next; /* under lock: where the next extent is looked for */
 };
 
 /* The next wanted blocks that are worth one read: [*begin_ret, end), end == begin at the end. */
@@ -180,7 +179,8 @@ static void visit_extents(void *argument, unsigned thread)
 			continue;
 		}
 		visited = 0;
-		for (block = begin; block < end; block = tp_walk_bit_next(v->bits, block + 1, end)) {
+		for (block = begin; block < end;
+		     block = tp_walk_bit_next(v->bits, block + 1, end)) {
 			v->visit(v->argument, thread, block,
 				 buffer + (block - begin) * TP_MD_BLOCK_SIZE, 0);
 			visited++;
@@ -238,9 +238,8 @@ static size_t take_wanted(struct listing *l, size_t *first_ret)
 	first = l->next;
 	end = first;
 	while (end < l->nr_wanted &&
-	       (end == first ||
-		(l->wanted[end].block - l->wanted[end - 1].block <= GAP_BLOCKS &&
-		 l->wanted[end].block - l->wanted[first].block < EXTENT_BLOCKS)))
+	       (end == first || (l->wanted[end].block - l->wanted[end - 1].block <= GAP_BLOCKS &&
+				 l->wanted[end].block - l->wanted[first].block < EXTENT_BLOCKS)))
 		end++;
 	l->next = end;
 	pthread_mutex_unlock(&l->lock);
@@ -293,7 +292,7 @@ int tp_walk_read_list(struct tp_walk_reader *reader, const uint64_t *blocks, siz
 	if (!wanted)
 		return tp_fail(err, TP_E_NO_MEMORY, "no memory to read %zu blocks", nr_blocks);
 	for (size_t i = 0; i < nr_blocks; i++)
-		wanted[i] = (struct wanted){ .block = blocks[i], .slot = i };
+		wanted[i] = (struct wanted){.block = blocks[i], .slot = i};
 	qsort(wanted, nr_blocks, sizeof(*wanted), compare_wanted);
 	if (nr_blocks > EXTENT_BLOCKS)
 		tp_walk_team_run(reader->team, read_listed, &l);

@@ -31,9 +31,9 @@ struct tp_walk_team {
 	pthread_cond_t idle;
 	tp_walk_job job;
 	void *argument;
-	uint64_t round;		/* of the job: a thread runs each round once */
+	uint64_t round; /* of the job: a thread runs each round once */
 	unsigned nr_running;
-	unsigned nr_started;	/* threads beside the caller */
+	unsigned nr_started; /* threads beside the caller */
 	unsigned next_number;
 	bool stop;
 	pthread_t threads[TP_WALK_THREADS_MAX];

@@ -5,7 +5,7 @@
  * A check goes through these steps, each a file of its own:
  *   check_counts.c       reference counts in memory
  *   check_superblock.c   the superblock and the metadata snapshot's
- *   check_tree.c         every node of the trees, once, level by level; counts references on the way
+ *   check_tree.c         every node of the trees, once; counts references on the way
  *   check_device.c       what the trees say of devices, put side by side
  *   check_space_map.c    both space maps against the counted references
  *   check_report.c       the faults and their words
@@ -72,23 +72,23 @@ enum tp_check_use {
 
 enum tp_check_structure tp_check_use_structure(enum tp_check_use use);
 
-#define TP_INFO_USABLE 1u	/* visited, and its entries may be used */
-#define TP_INFO_DONE 2u		/* the subtree below is known */
-#define TP_INFO_INCOMPLETE 4u	/* parts of the subtree could not be read */
+#define TP_INFO_USABLE         1u /* visited, and its entries may be used */
+#define TP_INFO_DONE           2u /* the subtree below is known */
+#define TP_INFO_INCOMPLETE     4u /* parts of the subtree could not be read */
 #define TP_INFO_UNDERFULL_SAID 8u
-#define TP_INFO_INTERNAL 16u
+#define TP_INFO_INTERNAL       16u
 
 /* Of a node. Of a bitmap, first_key is its index in the space map. */
 struct tp_check_info {
-	uint64_t first_key;	/* the node's own first key */
-	uint64_t last_key;	/* the last one in the subtree */
+	uint64_t first_key;        /* the node's own first key */
+	uint64_t last_key;         /* the last one in the subtree */
 	uint64_t nr_entries_below; /* in the leaves of the subtree */
-	uint32_t device;	/* one that leads here; UINT32_MAX: none or no legal id */
+	uint32_t device;           /* one that leads here; UINT32_MAX: none or no legal id */
 	uint16_t nr_entries;
 	uint16_t max_entries;
-	uint8_t height;		/* 0: leaf */
+	uint8_t height; /* 0: leaf */
 	uint8_t state;
-	bool empty;		/* no key in the whole subtree */
+	bool empty; /* no key in the whole subtree */
 };
 
 /* ---- the check --------------------------------------------------------------------------- */
@@ -98,7 +98,7 @@ struct tp_check_record {
 	uint16_t type;
 	uint8_t severity;
 	uint8_t structure;
-	uint32_t device;	/* as in tp_check_info */
+	uint32_t device; /* as in tp_check_info */
 	uint64_t block;
 	uint64_t data_block;
 	uint64_t length;
@@ -109,64 +109,65 @@ struct tp_check_record {
 
 /* One space map's bitmaps. */
 struct tp_check_bitmap {
-	uint64_t block;		/* 0: no index entry names one */
-	uint64_t index_block;	/* where that entry stands */
+	uint64_t block;       /* 0: no index entry names one */
+	uint64_t index_block; /* where that entry stands */
 	uint32_t nr_free;
 	uint32_t none_free_before;
 };
 
 struct tp_check_space_map {
-	bool metadata;		/* else data */
-	uint64_t nr_blocks;	/* as it says itself */
+	bool metadata;      /* else data */
+	uint64_t nr_blocks; /* as it says itself */
 	uint64_t nr_allocated;
 	uint64_t bitmap_root;
 	uint64_t overflow_root;
-	uint64_t nr_bitmaps;	/* that are looked at */
+	uint64_t nr_bitmaps; /* that are looked at */
 	struct tp_check_bitmap *bitmaps;
-	uint64_t *overflowing;	/* a bit a block: has an entry in the overflow tree */
+	uint64_t *overflowing; /* a bit a block: has an entry in the overflow tree */
 	struct tp_check_counts *counts;
 	bool compare_counts;
-	_Atomic uint64_t nr_used;	/* as found in the bitmaps */
+	_Atomic uint64_t nr_used; /* as found in the bitmaps */
 	_Atomic uint64_t nr_free_found;
-	_Atomic uint64_t nr_unjudged;	/* counts above what was found, in a damaged pool */
-	_Atomic bool unreadable;	/* a bitmap is missing or damaged */
+	_Atomic uint64_t nr_unjudged; /* counts above what was found, in a damaged pool */
+	_Atomic bool unreadable;      /* a bitmap is missing or damaged */
 };
 
 struct tp_check {
 	struct tp_walk_reader *reader;
 	struct tp_check_options options;
-	struct tp_walk_superblock live;	/* or the metadata snapshot, when that is what is checked */
+	struct tp_walk_superblock live; /* or the metadata snapshot, when that is what is checked */
 	struct tp_walk_superblock held;
-	bool has_held;			/* held is valid, and part of this check */
+	bool has_held; /* held is valid, and part of this check */
 	bool superblock_valid;
-	bool stop;			/* nothing below the superblock can be looked at */
+	bool stop; /* nothing below the superblock can be looked at */
 	_Atomic uint64_t progress_total;
-	uint64_t nr_blocks;		/* metadata blocks that may be referred to */
-	uint64_t nr_data_blocks;	/* mappings at or past this are past the end; UINT64_MAX: unknown */
+	uint64_t nr_blocks; /* metadata blocks that may be referred to */
+	uint64_t
+		nr_data_blocks; /* mappings at or past this are past the end; UINT64_MAX: unknown */
 
-	struct tp_check_counts counts;	/* of metadata blocks */
+	struct tp_check_counts counts; /* of metadata blocks */
 	struct tp_check_counts data_counts;
 	uint8_t *uses;
 	struct tp_check_info *infos;
-	uint64_t *level;		/* bits: nodes to visit now */
+	uint64_t *level; /* bits: nodes to visit now */
 	uint64_t *next_level;
-	uint64_t *internals;		/* bits: internal nodes met in this walk */
+	uint64_t *internals; /* bits: internal nodes met in this walk */
 	struct tp_check_space_map data_map;
 	struct tp_check_space_map metadata_map;
 	struct tp_check_space_map *visiting; /* the one whose tree is being walked */
-	bool comparing_overflow;	/* its counts are complete: overflow leaves are compared */
-	_Atomic uint64_t nr_finished;	/* internal nodes, in one round */
-	_Atomic bool data_incomplete;	/* mappings are missing from the counts */
+	bool comparing_overflow;      /* its counts are complete: overflow leaves are compared */
+	_Atomic uint64_t nr_finished; /* internal nodes, in one round */
+	_Atomic bool data_incomplete; /* mappings are missing from the counts */
 	_Atomic bool metadata_incomplete;
 
-	pthread_mutex_t lock;		/* of the report */
+	pthread_mutex_t lock; /* of the report */
 	struct tp_check_record *records;
 	uint64_t nr_records;
 	uint64_t records_room;
 	bool ran;
 	uint64_t nr_devices;
 	uint64_t nr_mappings;
-	uint64_t nr_severity[4];	/* by enum tp_check_severity */
+	uint64_t nr_severity[4]; /* by enum tp_check_severity */
 	uint64_t nr_leaked_data;
 	uint64_t nr_leaked_metadata;
 };

@@ -97,8 +97,7 @@ bool tp_walk_cancelled(const struct tp_walk_reader *reader);
 void tp_walk_blocks(struct tp_walk_reader *reader, const uint64_t *bits, uint64_t nr_bits,
 		    tp_walk_visit visit, void *argument);
 /* One block into a buffer of 4096 bytes, on the calling thread. Any memory alignment. */
-int tp_walk_read(struct tp_walk_reader *reader, uint64_t block, void *buffer,
-		 struct tp_error *err);
+int tp_walk_read(struct tp_walk_reader *reader, uint64_t block, void *buffer, struct tp_error *err);
 
 /* Blocks into slots of 4096 bytes each, in the order given; any number, in large reads on all
  * threads. statuses[i] is 0 or why block i could not be read. */
@@ -109,21 +108,21 @@ int tp_walk_read_list(struct tp_walk_reader *reader, const uint64_t *blocks, siz
 
 /* A fault of one block, before it is put into a report. type 0: none. */
 struct tp_walk_fault {
-	uint32_t type;		/* enum tp_check_type */
+	uint32_t type; /* enum tp_check_type */
 	uint64_t key;
 	uint64_t found;
 	uint64_t wanted;
 };
 
 struct tp_walk_node {
-	uint64_t block;		/* set by tp_walk_node_load */
+	uint64_t block; /* set by tp_walk_node_load */
 	const uint8_t *keys;
 	const uint8_t *values;
 	uint32_t nr_entries;
 	uint32_t max_entries;
 	uint32_t value_size;
 	bool leaf;
-	bool odd_flags;		/* a leaf with bits that mean nothing */
+	bool odd_flags; /* a leaf with bits that mean nothing */
 };
 
 static inline uint64_t tp_walk_get64(const uint8_t *bytes)
@@ -187,8 +186,8 @@ int tp_walk_cursor_next(struct tp_walk_cursor *cursor, const struct tp_walk_node
 			struct tp_error *err);
 
 /* One value of a tree with values of 8 bytes: TP_E_KEY_NOT_FOUND. */
-int tp_walk_lookup(struct tp_walk_reader *reader, uint64_t root, uint64_t key,
-		   uint64_t *value_ret, struct tp_error *err);
+int tp_walk_lookup(struct tp_walk_reader *reader, uint64_t root, uint64_t key, uint64_t *value_ret,
+		   struct tp_error *err);
 
 /* ---- superblock and devices -------------------------------------------------------------- */
 
@@ -204,7 +203,7 @@ struct tp_walk_superblock {
 	uint64_t metadata_nr_blocks; /* of the space map */
 	uint64_t mapping_root;
 	uint64_t details_root;
-	uint64_t block;		/* where it was read */
+	uint64_t block; /* where it was read */
 };
 
 /* The live one or the metadata snapshot's; checked for number, magic and checksum. */
