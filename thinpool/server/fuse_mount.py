@@ -38,7 +38,7 @@ class FuseConnection:
     Attributes:
         mount_point: where it is mounted.
         number: of the connection, under fusectl.
-        fds: every descriptor on it; inheritable.
+        fds: every descriptor on it.
     """
 
     mount_point: str
@@ -87,9 +87,7 @@ def open_connection(mount_point: Path, *, source: str, descriptors: int) -> Fuse
 
 
 def _open_device() -> int:
-    fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-    os.set_inheritable(fd, True)  # noqa: FBT003 - the function takes it by position only
-    return fd
+    return os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
 
 
 def _connection_number(mount_point: Path) -> int:

@@ -1,0 +1,286 @@
+"""A pool's worker: the data plane first, then the program that answers clients.
+
+Started by the supervisor alone, with everything inherited that outlives it. It may be killed at
+any time. Its exit code says what next: EXIT_DONE ends the server, any other has it replaced.
+
+What is imported here is on the way to answering requests that wait since the last worker died, so
+the program of the clients (aiohttp and all) is imported when the data plane runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import mmap
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from thinpool import errors
+from thinpool.server import control, process
+from thinpool.server.context import ServedVolumes, WorkerContext
+from thinpool.server.fuse_server import FuseServer
+from thinpool.server.shm import REDO_BYTES, ServedTable
+from thinpool.store.opening import OpenPool, open_pool
+from thinpool.store.poolfile import PoolConfig, read_config
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Awaitable, Callable, Iterator
+
+DEFAULT_LINGER: Final = 30.0
+DEFAULT_PROGRAM: Final = "thinpool.server.app:serve"
+_STOP_SECONDS: Final = 10.0
+
+
+def wait_for_last_io(path: str) -> None:
+    """Wait until no worker before this one has I/O in flight on the data.
+
+    Its descriptor holds a shared lock that ends when the kernel has finished the last I/O of it,
+    io_uring's included, however the process died.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    finally:
+        os.close(fd)
+
+
+class DataPlane:
+    """The open pool and its FUSE server, running in a thread.
+
+    Args:
+        config: pool.json.
+        fuse_fds: of the connection; empty where there is no FUSE.
+        slots_fd: memory of its requests.
+        redo_fd: memory of the redo log.
+        table_fd: memory of the served volumes.
+        mount_point: where the files are.
+    """
+
+    def __init__(
+        self,
+        config: PoolConfig,
+        *,
+        fuse_fds: list[int],
+        slots_fd: int,
+        redo_fd: int,
+        table_fd: int,
+        mount_point: Path | None,
+    ) -> None:
+        """Open the pool, replay what is not committed, bring the files back, answer."""
+        self._redo = mmap.mmap(redo_fd, REDO_BYTES)
+        self._table = ServedTable(table_fd)
+        self.disconnected = False
+        self.opened: OpenPool = open_pool(config, redo_memory=self._redo)
+        self.server: FuseServer | None = None
+        if fuse_fds:
+            self.server = FuseServer(
+                self.opened.pool,
+                fuse_fds=fuse_fds,
+                slots_fd=slots_fd,
+                slots_bytes=os.fstat(slots_fd).st_size,
+            )
+        self.served = ServedVolumes(self.opened.pool, self.server, self._table, mount_point)
+        self._thread = threading.Thread(target=self._run, name="fuse")
+        self._on_disconnect: Callable[[], None] = lambda: None
+        if self.server is not None:
+            self._thread.start()
+
+    def _run(self) -> None:
+        assert self.server is not None  # noqa: S101 - the thread is started only then
+        if not self.server.run():
+            self.disconnected = True
+            self._on_disconnect()
+
+    def on_disconnect(self, callback: Callable[[], None]) -> None:
+        """Have a function called when the kernel ends the connection, or has done so."""
+        self._on_disconnect = callback
+        if self.disconnected:
+            callback()
+
+    def close(self) -> None:
+        """Answer what was read, close everything, commit. What was not read waits."""
+        if self.server is not None:
+            self.server.stop()
+            self._thread.join()
+            self.server.close()
+        self.served.close()
+        self.opened.close()
+        self._table.close()
+        self._redo.close()
+
+
+def _program(name: str) -> Callable[[WorkerContext], Awaitable[None]]:
+    import importlib  # noqa: PLC0415 - after the data plane runs
+
+    module, function = name.split(":")
+    found: Callable[[WorkerContext], Awaitable[None]] = getattr(
+        importlib.import_module(module), function
+    )
+    return found
+
+
+class Worker:
+    """One run of the worker."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        """Take what was inherited; none of it is for programs that are started here."""
+        for name in ("control", "listen", "slots", "redo", "table"):
+            _keep(getattr(arguments, f"{name}_fd"))
+        for fd in arguments.fuse_fds:
+            _keep(fd)
+        self._arguments = arguments
+        self._ended = threading.Event()
+        self._wake: Callable[[], None] = lambda: None
+        self.link = control.SupervisorLink(
+            socket.socket(fileno=arguments.control_fd), self._supervisor_is_gone
+        )
+
+    def run(self) -> int:
+        """Serve; the exit code."""
+        arguments = self._arguments
+        started = time.monotonic()
+        try:
+            config = read_config(arguments.root, arguments.pool)
+            wait_for_last_io(config.data)
+            plane = DataPlane(
+                config,
+                fuse_fds=arguments.fuse_fds,
+                slots_fd=arguments.slots_fd,
+                redo_fd=arguments.redo_fd,
+                table_fd=arguments.table_fd,
+                mount_point=arguments.mount_point,
+            )
+        except errors.ThinpoolError as error:
+            self.link.failed(error)
+            process.log(f"worker: {error.message}")
+            return 1
+        if arguments.restarted:
+            took = (time.monotonic() - started) * 1000
+            process.log(f"worker: took over in {took:.0f} ms")
+        for entry, reason in plane.served.lost:
+            process.log(f"worker: volume {entry.id} is no longer served: {reason.message}")
+        try:
+            by_itself = self._serve_clients(plane, config)
+        finally:
+            with _last_resort(_STOP_SECONDS):
+                plane.close()
+        if plane.disconnected:
+            return control.EXIT_DISCONNECTED
+        return control.EXIT_DONE if by_itself else control.EXIT_REPLACE
+
+    def _serve_clients(self, plane: DataPlane, config: PoolConfig) -> bool:
+        """Run the program; whether it ended by itself, the pool being no longer used."""
+        import asyncio  # noqa: PLC0415 - after the data plane runs
+
+        async def main() -> bool:
+            loop = asyncio.get_running_loop()
+            stopping = asyncio.Event()
+
+            def stop() -> None:
+                loop.call_soon_threadsafe(stopping.set)
+
+            self._wake = stop
+            if self._ended.is_set():
+                stop()
+            plane.on_disconnect(stop)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, stopping.set)
+            context = WorkerContext(
+                root=self._arguments.root,
+                config=config,
+                listen=socket.socket(fileno=self._arguments.listen_fd),
+                pool=plane.opened.pool,
+                served=plane.served,
+                server=plane.server,
+                link=self.link,
+                linger=float(os.environ.get("THINPOOL_LINGER", DEFAULT_LINGER)),
+                restarted=self._arguments.restarted,
+                stopping=stopping,
+            )
+            await _run_until_stopped(_program(self._arguments.program)(context), stopping)
+            return not stopping.is_set()
+
+        return asyncio.run(main())
+
+    def _supervisor_is_gone(self) -> None:
+        """End in order, if that can be done soon: nobody keeps the log of what is not committed."""
+        process.log("worker: the supervisor is gone, ending")
+        self._ended.set()
+        with contextlib.suppress(RuntimeError):  # the event loop ended meanwhile
+            self._wake()
+        time.sleep(_STOP_SECONDS)
+        os._exit(1)
+
+
+async def _run_until_stopped(program: Awaitable[None], stopping: asyncio.Event) -> None:
+    import asyncio  # noqa: PLC0415 - after the data plane runs
+
+    task = asyncio.ensure_future(program)
+    stop = asyncio.ensure_future(stopping.wait())
+    await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+    if not task.done():
+        await asyncio.wait({task}, timeout=_STOP_SECONDS)
+    for each in (task, stop):
+        if not each.done():
+            each.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await each
+    if not task.cancelled():
+        task.result()
+
+
+@contextlib.contextmanager
+def _last_resort(seconds: float) -> Iterator[None]:
+    """End the process hard after a while.
+
+    Writes that wait for space must not keep a server from ending: they are answered by a
+    successor, or fail with the mount.
+    """
+    timer = threading.Timer(seconds, os._exit, (control.EXIT_REPLACE,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _keep(fd: int) -> None:
+    if fd >= 0:
+        os.set_inheritable(fd, False)  # noqa: FBT003 - it takes no keyword
+
+
+def _fds(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line that the supervisor makes."""
+    parser = argparse.ArgumentParser(prog="thinpool.server.worker")
+    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--pool", required=True)
+    parser.add_argument("--program", default=DEFAULT_PROGRAM)
+    parser.add_argument("--mount-point", type=Path)
+    parser.add_argument("--fuse-fds", type=_fds, default=[])
+    parser.add_argument("--restarted", action="store_true")
+    for name in ("control", "listen", "slots", "redo", "table"):
+        parser.add_argument(f"--{name}-fd", type=int, required=name != "slots", default=-1)
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Run one worker."""
+    arguments = parse()
+    process.protect(f"tp:{arguments.pool}", io_flusher=True)
+    return Worker(arguments).run()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
