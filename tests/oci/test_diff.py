@@ -214,10 +214,20 @@ def without_links(tree: dict) -> dict:
     return tree
 
 
+def editable(root: Path) -> list[Path]:
+    """What is no link and has a path short enough to be used whole (rglob fails on a longer one)."""
+    found = (
+        root / folder / name
+        for folder, folders, files in os.walk(root)
+        for name in [*folders, *files]
+        if len(os.fsencode(folder)) + len(os.fsencode(name)) < 4000
+    )
+    return sorted(path for path in found if not path.is_symlink())
+
+
 def edit(root: Path, rng: random.Random) -> None:
     for at in range(30):
-        paths = sorted(path for path in root.rglob("*") if not path.is_symlink())
-        path = rng.choice(paths)
+        path = rng.choice(editable(root))
         action = rng.randrange(6)
         if action == 0:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
