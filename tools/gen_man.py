@@ -121,7 +121,7 @@ def context(
     command: click.Command, name: str, parent: click.Context | None = None
 ) -> click.Context:
     """Where a command's help is written from."""
-    return click.Context(command, info_name=name, parent=parent)
+    return click.Context(command, info_name=name, parent=parent, **command.context_settings)
 
 
 def head(name: str, title: str) -> list[str]:

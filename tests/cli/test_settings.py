@@ -58,17 +58,32 @@ def test_a_command_takes_its_defaults_and_the_command_line_wins(thinpool, toml):
         ("[create]\nsiz = '1G'", "'[create] siz' is not an option of create"),
         ("[create]\njson = true", "'[create] json' is not an option of create"),
         ("[create]\nsize = '1X'", "--size '1X' has the unknown unit"),
+        ("[create]\nsize = [1]", "'[create] size' has to be a text or a number"),
+        ("[create]\nsize = true", "'[create] size' has to be a text or a number"),
+        ("[snapshot]\nactivate = 'yes'", "has to be true or false"),
         ("root = ", "Invalid value"),
         ("a\x00b", ""),
     ],
 )
 def test_what_it_gets_wrong_is_said_and_nothing_is_done(thinpool, toml, text, says):
     toml.write_text(text)
-    result = thinpool("create", "p/v", *([] if "1X" in text else ["--size", "1G"]))
+    if "snapshot" in text:
+        result = thinpool("snapshot", "p/v", "p/w")
+    else:
+        result = thinpool("create", "p/v", *([] if "1X" in text else ["--size", "1G"]))
     assert result.code == 2
     assert says in result.stderr
     assert result.stderr.count("\n") == 1
     assert thinpool.connected == 0
+
+
+def test_one_text_is_enough_for_an_option_that_may_be_given_again(thinpool, toml):
+    toml.write_text("[mount]\no = 'noatime'\n[create]\nmkfs-option = '-i'\nsize = 1024\n")
+    assert thinpool("mount", "p/v", "/mnt").code == 2
+    toml.write_text("[create]\nmkfs-option = '-i'\nsize = 1024\n")
+    thinpool("create", "p/v")
+    assert thinpool.api.create.call_args.kwargs["mkfs_options"] == ("-i",)
+    assert thinpool.api.create.call_args.kwargs["size"] == 1024
 
 
 def test_a_file_that_is_no_text_is_wrong_usage(thinpool, toml):

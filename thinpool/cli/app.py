@@ -74,7 +74,12 @@ def _show_version(ctx: click.Context, param: click.Parameter, value: Any) -> Non
         ctx.exit()
 
 
-@click.group(PROGRAM, cls=Group, table=COMMANDS)
+@click.group(
+    PROGRAM,
+    cls=Group,
+    table=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.option(
     "--version",
     is_flag=True,

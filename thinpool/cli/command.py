@@ -64,7 +64,7 @@ def global_options() -> list[click.Option]:
         click.Option(
             ["--root"],
             metavar="DIR",
-            type=click.Path(file_okay=False),
+            type=click.Path(readable=False, file_okay=False),
             help="Where the pools are: else $THINPOOL_ROOT, else /var/lib/thinpool for root, "
             "$XDG_DATA_HOME/thinpool for others.",
             **common,
@@ -167,12 +167,12 @@ class Command(_GlobalOptions):
                     formatter.write_text(text)
                     formatter.write(f"{'':>{formatter.current_indent + 2}}$ {line}\n")
 
-    def option_names(self) -> dict[str, str]:
-        """Parameter by option without dashes, of those that a file of defaults may set."""
+    def own_options(self) -> dict[str, click.Option]:
+        """Options by their names without dashes, of those that a file of defaults may set."""
         return {
-            each.lstrip("-"): param.name
+            each.lstrip("-"): param
             for param in self.params
-            if isinstance(param, click.Option) and param.name and param not in self.globals
+            if isinstance(param, click.Option) and param not in self.globals
             for each in param.opts
             if each.startswith("--") and each != "--help"
         }
@@ -225,7 +225,7 @@ class Group(_GlobalOptions, click.Group):
         if isinstance(found, Command) and name is not None and not ctx.resilient_parsing:
             session = session_of(ctx)
             session.settings = session.settings or settings.load(list(self.table))
-            defaults = session.settings.for_command(name, found.option_names())
+            defaults = session.settings.for_command(name, found.own_options())
             ctx.default_map = {name: defaults}
         return name, found, rest
 

@@ -120,7 +120,9 @@ class Session:
 
         indent = 2 if sys.stdout.isatty() else None
         separators = None if indent else (",", ":")
-        sys.stdout.write(json.dumps(document, indent=indent, separators=separators) + "\n")
+        sys.stdout.write(
+            json.dumps(document, indent=indent, separators=separators, default=str) + "\n"
+        )
 
     def refuse_json(self, command: str) -> None:
         """A stream and a document do not fit into one standard output.

@@ -18,9 +18,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from thinpool.errors import UsageError
+
+if TYPE_CHECKING:
+    import click
 
 DEFAULT_PATH: Final = "/etc/thinpool.toml"
 
@@ -60,22 +63,39 @@ class Settings:
             else:
                 raise self._wrong(key, "is neither root, timeout nor a command")
 
-    def for_command(self, name: str, options: dict[str, str]) -> dict[str, Any]:
+    def for_command(self, name: str, options: dict[str, click.Option]) -> dict[str, Any]:
         """A command's defaults by parameter.
 
         Args:
             name: of the command.
-            options: parameter by option, without dashes in front.
+            options: its options, by their names without dashes in front.
 
         Raises:
-            UsageError: ``path`` and ``what``: the command has no such option.
+            UsageError: ``path`` and ``what``: the command has no such option, or not of that type.
         """
         defaults: dict[str, Any] = {}
         for key, value in self._tables.get(name, {}).items():
-            if key not in options:
+            option = options.get(key)
+            if option is None or option.name is None:
                 raise self._wrong(f"[{name}] {key}", f"is not an option of {name}")
-            defaults[options[key]] = value
+            defaults[option.name] = self._value(option, value, f"[{name}] {key}")
         return defaults
+
+    def _value(self, option: click.Option, value: object, what: str) -> object:
+        """A value as if it had been typed; lists only where an option may be given again."""
+        if option.is_flag:
+            if not isinstance(value, bool):
+                raise self._wrong(what, "has to be true or false")
+            return value
+        if option.multiple and isinstance(value, list):
+            return [self._text(each, what) for each in value]
+        text = self._text(value, what)
+        return [text] if option.multiple else text
+
+    def _text(self, value: object, what: str) -> str:
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise self._wrong(what, "has to be a text or a number")
+        return str(value)
 
     def _wrong(self, what: str, why: str) -> UsageError:
         return UsageError(f"{self.path}: {what!r} {why}", path=str(self.path), what=what)

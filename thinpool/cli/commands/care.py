@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _METADATA = click.option(
     "--metadata",
-    type=click.Path(path_type=Path),
+    type=click.Path(readable=False, path_type=Path),
     metavar="FILE",
     help="A bare metadata device or file instead of a pool.",
 )

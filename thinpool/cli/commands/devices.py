@@ -75,7 +75,9 @@ def deactivate(session: Session, *, volume: str) -> None:
     ],
 )
 @click.argument("volume", type=VOLUME, metavar="POOL/NAME")
-@click.argument("directory", type=click.Path(path_type=Path, file_okay=False), metavar="DIR")
+@click.argument(
+    "directory", type=click.Path(readable=False, path_type=Path, file_okay=False), metavar="DIR"
+)
 @click.option("--read-only", is_flag=True, help="Mount it read-only, on a read-only device.")
 @click.option(
     "-o",

@@ -31,7 +31,7 @@ from thinpool.errors import UsageError
     ],
 )
 @click.argument("image", type=IMAGE, metavar="POOL/IMAGE")
-@click.argument("source", type=click.Path(allow_dash=True), metavar="SOURCE")
+@click.argument("source", type=click.Path(readable=False, allow_dash=True), metavar="SOURCE")
 @click.option(
     "--parent", type=IMAGE, metavar="POOL/IMAGE", help="The lowest layer is a snapshot of it."
 )
@@ -131,7 +131,7 @@ def diff(session: Session, *, first: str, second: str) -> None:
 @click.option(
     "-o",
     "output",
-    type=click.Path(dir_okay=False, allow_dash=True),
+    type=click.Path(readable=False, dir_okay=False, allow_dash=True),
     default="-",
     metavar="FILE",
     help="Where to; '-', the default, is standard output.",

@@ -24,7 +24,7 @@ SETTINGS: Final = {
 }
 
 _ENGINE = click.Choice(["auto", "user", "dm"])
-_FILE = click.Path(path_type=Path)
+_FILE = click.Path(readable=False, path_type=Path)
 
 
 def _changed(session: Session, pool: PoolStatus, text: str) -> None:

@@ -95,7 +95,7 @@ def create(
 @click.option("--activate", is_flag=True, help="Activate it and print its device.")
 @click.option(
     "--mount",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=click.Path(readable=False, path_type=Path, file_okay=False),
     metavar="DIR",
     help="Activate it, mount it there, and print its device.",
 )
