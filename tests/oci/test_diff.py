@@ -215,7 +215,7 @@ def without_links(tree: dict) -> dict:
 
 
 def editable(root: Path) -> list[Path]:
-    """What is no link and has a path short enough to be used whole (rglob fails on a longer one)."""
+    """What is no link and has a path that can be used whole (rglob fails on a longer one)."""
     found = (
         root / folder / name
         for folder, folders, files in os.walk(root)
