@@ -170,13 +170,42 @@ def test_too_small_and_unknown_filesystems_are_usage_errors(sparse):
     assert filesystems.check_fs_type("xfs") == "xfs"
 
 
-def test_more_options_reach_mkfs_and_bad_ones_are_its_words(sparse, require):
+def test_more_options_join_ours_and_win():
+    ext4 = filesystems.merge_options(
+        "ext4",
+        ["-q", "-O", "none,extent,64bit", "-E", "stride=16,nodiscard"],
+        ["-O ^64bit,quota", "-Estride=4", "-m", "1", "-L 'two words'"],
+    )
+    assert ext4 == [
+        *("-q", "-O", "none,extent,^64bit,quota", "-E", "nodiscard,stride=4"),
+        *("-m", "1", "-L", "two words"),
+    ]
+    xfs = filesystems.merge_options("xfs", ["-d", "agcount=2,su=65536,sw=1"], ["-d", "sunit=8"])
+    assert xfs == ["-d", "agcount=2,sunit=8"]
+    assert filesystems.merge_options("xfs", [], ["-n size=8192"]) == ["-n", "size=8192"]
+
+
+@pytest.mark.parametrize(
+    ("fstype", "options"),
+    [
+        ("ext4", ["-O ^metadata_csum,quota", "-E", "stride=4,stripe_width=4", "-m 1"]),
+        ("ext4", ["-J size=4", "-L", "label"]),
+        ("xfs", ["-d agcount=4", "-l size=80m", "-m reflink=0", "-L label"]),
+        ("xfs", ["-d", "noalign", "-i size=1024"]),
+    ],
+)
+def test_more_options_make_a_clean_filesystem(sparse, fstype, options, require):
+    require(fstype)
+    path = sparse(GIB)
+    filesystems.make_filesystem(path, fstype, block_size=64 << 10, options=options)
+    check_clean(fstype, path)
+    assert (b"label" in Path(path).read_bytes()[:2048]) == ("label" in " ".join(options))
+
+
+def test_bad_options_are_answered_with_mkfss_own_words(sparse, require):
     require("ext4")
-    path = sparse()
-    filesystems.make_filesystem(path, "ext4", block_size=64 << 10, options=["-L", "somename"])
-    assert b"somename" in Path(path).read_bytes()[1024:2048]
     with pytest.raises(errors.ThinpoolError) as caught:
-        filesystems.make_filesystem(path, "ext4", block_size=64 << 10, options=["-Z"])
+        filesystems.make_filesystem(sparse(), "ext4", block_size=64 << 10, options=["-Z"])
     assert caught.value.program == "mkfs.ext4"
     assert "Z" in caught.value.output
 

@@ -29,6 +29,20 @@ def test_every_field_is_read_and_escapes_are_undone():
     assert not root.read_only
 
 
+def test_a_path_lies_in_the_longest_and_latest_mount():
+    table = mountinfo.parse_mountinfo(TABLE + b"42 41 0:51 / /mnt/fuse rw - tmpfs t rw\n")
+
+    def fstype(path):
+        found = mountinfo.mount_of(path, table)
+        return None if found is None else found.fstype
+
+    assert fstype("/mnt/fuse/file") == "tmpfs"
+    assert fstype("/mnt/fused") == "ext4"
+    assert fstype("/run") == "tmpfs"
+    assert fstype("/") == "ext4"
+    assert [entry.has_server for entry in table] == [False, False, False, True, False]
+
+
 def test_names_that_are_not_utf8_survive():
     (entry,) = mountinfo.parse_mountinfo(b"1 0 8:1 / /\xff\\040x rw - ext4 /dev/sda rw\n")
     assert os.fsencode(entry.mount_point) == b"/\xff x"

@@ -70,6 +70,34 @@ def test_mount_and_unmount(device, directory, api):
     assert mountinfo.mount_at(directory) is None
 
 
+def test_a_link_to_the_directory_is_followed(device, directory, work, api):
+    (work / "link").symlink_to(directory)
+    mounts.mount(device.path, str(work / "link"), "ext4")
+    found = mountinfo.mount_at(str(work / "link"))
+    assert found is not None
+    assert found.mount_point == directory
+    mounts.unmount(directory)
+
+
+def test_a_device_that_is_mounted_otherwise_is_busy_and_says_where(device, directory, work, api):
+    mounts.mount(device.path, directory, "ext4", read_only=True)
+    (work / "other").mkdir()
+    with pytest.raises(errors.BusyError) as caught:
+        mounts.mount(device.path, str(work / "other"), "ext4")
+    assert directory in caught.value.holder
+    mounts.unmount(directory)
+
+
+def test_an_error_of_the_body_leaves_a_detached_mount_as_it_is(device):
+    with (
+        pytest.raises(OSError, match="made up") as caught,
+        mounts.detached_mount(device.path, "ext4"),
+    ):
+        raise OSError(errno.EIO, "made up")
+    assert caught.value.errno == errno.EIO
+    assert loop.detach(device)
+
+
 def test_a_read_only_mount_writes_nothing(device, directory, api):
     mounts.mount(device.path, directory, "ext4", read_only=True)
     entry = mountinfo.mount_at(directory)

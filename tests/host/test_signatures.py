@@ -117,6 +117,18 @@ def test_holes_are_not_data(disk, require):
     assert ranges[0][0] <= 4 * MIB < ranges[0][1]
 
 
+def test_a_file_below_a_loop_device_is_refused_even_when_forced(require, sparse):
+    require("root", "loop")
+    path = sparse()
+    device = loop.attach(path)
+    try:
+        with pytest.raises(errors.BusyError) as caught:
+            refuse_foreign(path, force=True)
+        assert caught.value.holder == device.path
+    finally:
+        loop.detach(device)
+
+
 def test_a_mounted_device_is_refused_even_when_forced(require, formatted, directory):
     require("root", "loop", "ext4")
     device = loop.attach(formatted())

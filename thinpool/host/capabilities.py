@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from thinpool.host import syscalls
+from thinpool.host.loop import open_device
 from thinpool.host.programs import find_program
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def loop() -> str | None:
     try:
         with _closing(os.open(control, os.O_RDWR | os.O_CLOEXEC)) as fd:
             number = fcntl.ioctl(fd, _LOOP_CTL_GET_FREE)
-        with _closing(os.open(f"/dev/loop{number}", os.O_RDONLY | os.O_CLOEXEC)) as fd:
+        with _closing(open_device(number, read_only=True)) as fd:
             # With no file to configure it with: EBADF from a kernel that knows the call.
             config = struct.pack("=I", 0xFFFFFFFF) + bytes(_LOOP_CONFIG_SIZE - 4)
             fcntl.ioctl(fd, _LOOP_CONFIGURE, config)

@@ -33,6 +33,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shlex
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, get_args
@@ -67,6 +68,13 @@ _EXT4_FEATURES: Final = (
     "sparse_super,large_file,huge_file,dir_nlink,extra_isize,metadata_csum"
 )
 """What Linux 4.4 and any distribution since can mount; nothing from the host's mke2fs.conf."""
+_LISTS: Final[dict[FsType, frozenset[str]]] = {
+    "ext4": frozenset({"-O", "-E", "-J"}),
+    "xfs": frozenset({"-b", "-m", "-d", "-i", "-l", "-n", "-r", "-s"}),
+}
+"""Flags of each mkfs that take comma-separated lists."""
+_EXT4_QUOTA_FILES: Final = {"usrquota": 0x240, "grpquota": 0x244, "prjquota": 0x26C}
+"""Where the superblock names the inode of each."""
 _EXT4_JOURNALS: Final = ((1 << 30, 16), (256 * MIB, 8), (64 * MIB, 4))
 """From what size of the filesystem on, bytes, which size of the journal, MiB."""
 
@@ -199,7 +207,8 @@ def make_filesystem(
         path: where.
         fstype: ext4 or xfs.
         block_size: of the pool, bytes: allocation is aligned to it.
-        options: passed to mkfs after our own.
+        options: more for mkfs; each may hold several words, and where one names what ours
+            names too, it wins: ["-O ^metadata_csum", "-d", "agcount=8"].
 
     Raises:
         UsageError: too small for that filesystem.
@@ -222,12 +231,12 @@ def make_filesystem(
             least=least,
         )
     if fstype == "ext4":
-        arguments = ext4_arguments(size, block_size=block_size)
-        run_program("mkfs.ext4", [*arguments, *options, name], package="e2fsprogs")
+        arguments = merge_options(fstype, ext4_arguments(size, block_size=block_size), options)
+        run_program("mkfs.ext4", [*arguments, name], package="e2fsprogs")
         _remove_lost_and_found(name)
     else:
-        arguments = xfs_arguments(size, block_size=block_size)
-        run_program("mkfs.xfs", [*arguments, *options, name], package="xfsprogs")
+        arguments = merge_options(fstype, xfs_arguments(size, block_size=block_size), options)
+        run_program("mkfs.xfs", [*arguments, name], package="xfsprogs")
     _make_durable(name)
     made = read_superblock(name)
     if made is None:
@@ -275,6 +284,44 @@ def xfs_arguments(size: int, *, block_size: int) -> list[str]:
     ]
 
 
+def merge_options(fstype: FsType, own: Sequence[str], more: Sequence[str]) -> list[str]:
+    """Add options for mkfs to ours.
+
+    A second -O or -E would make mke2fs forget the whole first, and mkfs.xfs refuses a key that
+    comes twice: so lists of one flag are joined, without the keys of ours that come again.
+    """
+    words = [word for option in more for word in shlex.split(option)]
+    merged = list(own)
+    index = 0
+    while index < len(words):
+        flag, value = words[index][:2], words[index][2:]
+        index += 1
+        if flag not in _LISTS[fstype]:
+            merged.append(words[index - 1])
+            continue
+        if not value and index < len(words):
+            value = words[index]
+            index += 1
+        if flag in merged:
+            at = merged.index(flag) + 1
+            merged[at] = _joined(merged[at], value)
+        else:
+            merged += [flag, value]
+    return merged
+
+
+def _joined(own: str, more: str) -> str:
+    taken = {_key(item) for item in more.split(",")}
+    if taken & {"sunit", "swidth", "noalign"}:  # other words for the same
+        taken |= {"su", "sw"}
+    kept = [item for item in own.split(",") if _key(item) not in taken]
+    return ",".join([*kept, more])
+
+
+def _key(item: str) -> str:
+    return item.strip().lstrip("^").partition("=")[0]
+
+
 def _remove_lost_and_found(name: str) -> None:
     """Without mounting: it needs no root, and leaves the journal untouched."""
     said = run_program(
@@ -292,6 +339,22 @@ def _remove_lost_and_found(name: str) -> None:
             code=0,
             output=said,
         )
+    _recount_quota(name)
+
+
+def _recount_quota(name: str) -> None:
+    """Let quota files that the user asked for count again: debugfs doesn't know of them."""
+    with _opened(name) as fd:
+        head = os.pread(fd, _BLOCK, 0)
+    kinds = [
+        kind
+        for kind, offset in _EXT4_QUOTA_FILES.items()
+        if head[1024 + offset : 1024 + offset + 4] != bytes(4)
+    ]
+    for sign in ("^", ""):
+        if kinds:
+            which = ",".join(f"{sign}{kind}" for kind in kinds)
+            run_program("tune2fs", ["-Q", which, name], package="e2fsprogs")
 
 
 # ---- growing, trimming, settling ----------------------------------------------------------

@@ -34,6 +34,7 @@ from thinpool.host import syscalls
 from thinpool.host.mountinfo import (
     MountEntry,
     NamespaceMount,
+    mount_of,
     mounts_of_device,
     open_mount,
     own_mounts,
@@ -319,7 +320,7 @@ def _add_below(path: str, table: list[MountEntry], found: set[int], depth: int) 
             place = os.path.dirname(place)  # not made yet: what would hold it
     _add_device(device, table, found, depth)
     # The number may be one that only the filesystem knows: go by what is mounted there, too.
-    entry = _mount_of(place, table)
+    entry = mount_of(os.path.realpath(place), table)
     if entry is None or depth <= 0:
         return
     if entry.fstype == "overlay":
@@ -345,17 +346,6 @@ def _add_device(device: int, table: list[MountEntry], found: set[int], depth: in
             with contextlib.suppress(OSError, ValueError):
                 major, _, minor = (slave / "dev").read_text().strip().partition(":")
                 _add_device(os.makedev(int(major), int(minor)), table, found, depth - 1)
-
-
-def _mount_of(path: str, table: list[MountEntry]) -> MountEntry | None:
-    """The mount that a path lies in: the longest mount point, the last of equal ones."""
-    real = os.path.join(os.path.realpath(path), "")
-    best = None
-    for entry in table:
-        inside = real.startswith(os.path.join(entry.mount_point, ""))
-        if inside and (best is None or len(entry.mount_point) >= len(best.mount_point)):
-            best = entry
-    return best
 
 
 def _filesystems_on(device: int) -> Iterator[NamespaceMount]:

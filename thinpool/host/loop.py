@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Final
 from thinpool import errors
 from thinpool.host.failures import failure
 from thinpool.host.holders import describe, find_holders
+from thinpool.host.mountinfo import MountEntry, mount_of, own_mounts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -177,6 +178,7 @@ def attach(
         raise failure(cause, f"cannot attach {name}", path=name) from cause
     with _closing(backing):
         _refuse_what_is_no_disk(backing, name)
+        fcntl.fcntl(backing, fcntl.F_SETFL, 0)  # O_NONBLOCK was for opening a pipe by mistake
         for _ in range(_SPOILED_TRIES):
             number, fd = _configure(
                 backing,
@@ -276,6 +278,23 @@ def describe_number(number: int) -> LoopDevice | None:
     )
 
 
+def open_device(number: int, *, read_only: bool) -> int:
+    """Open a loop device by number, attached or not; its node is made where /dev lacks it.
+
+    Raises:
+        OSError: as the system says.
+    """
+    path = f"/dev/loop{number}"
+    flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC
+    try:
+        return os.open(path, flags)
+    except FileNotFoundError:
+        # A /dev that is no devtmpfs (a privileged container's) has the nodes of its start only.
+        with contextlib.suppress(FileExistsError):
+            os.mknod(path, stat.S_IFBLK | 0o600, os.makedev(LOOP_MAJOR, number))
+        return os.open(path, flags)
+
+
 def list_all() -> list[LoopDevice]:
     """Every attached loop device of the host, by number; never waits for a server."""
     numbers = []
@@ -293,15 +312,17 @@ def find(path: str | os.PathLike[str]) -> list[LoopDevice]:
     """The loop devices over a file: its own inode where it can be asked, else its path.
 
     The same file under another name (a hard link, another mount namespace) is found too. A
-    device whose kernel-shown path is the very path asked for is taken without asking its
-    filesystem when that doesn't answer, so devices over a dead FUSE server are found.
+    device whose kernel-shown path is the very path asked for is taken at its word when that
+    path can't be looked at, so devices over an aborted FUSE mount are found. Other files on
+    FUSE and network filesystems aren't asked for theirs: a hung server there is not ours.
     """
     name = os.path.abspath(path)
     try:
         file = os.stat(name)
     except OSError:
         file = None
-    return [device for device in list_all() if _is_over(device, name, file)]
+    table = own_mounts()
+    return [device for device in list_all() if _is_over(device, name, file, table)]
 
 
 def find_below(directory: str | os.PathLike[str]) -> list[LoopDevice]:
@@ -326,7 +347,7 @@ def _configure(
         try:
             with _control.lock:
                 number = _control.free_number()
-                fd = _open_device(number, read_only=bool(flags & _FLAG_READ_ONLY))
+                fd = open_device(number, read_only=bool(flags & _FLAG_READ_ONLY))
                 try:
                     fcntl.ioctl(fd, _LOOP_CONFIGURE, config)
                 except BaseException:
@@ -368,18 +389,6 @@ def _disk_groups() -> frozenset[int]:
         return frozenset({0, grp.getgrnam("disk").gr_gid})
     except KeyError:
         return frozenset({0})
-
-
-def _open_device(number: int, *, read_only: bool) -> int:
-    path = f"/dev/loop{number}"
-    flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC
-    try:
-        return os.open(path, flags)
-    except FileNotFoundError:
-        # A /dev that is no devtmpfs (a privileged container's) has the nodes of its start only.
-        with contextlib.suppress(FileExistsError):
-            os.mknod(path, stat.S_IFBLK | 0o600, os.makedev(LOOP_MAJOR, number))
-        return os.open(path, flags)
 
 
 def _abandon(fd: int) -> None:
@@ -495,10 +504,15 @@ def _busy(path: str, number: int) -> errors.BusyError:
     return errors.BusyError(f"cannot detach {path}: in use, {known}", holder=holder, device=path)
 
 
-def _is_over(device: LoopDevice, name: str, file: os.stat_result | None) -> bool:
+def _is_over(
+    device: LoopDevice, name: str, file: os.stat_result | None, table: list[MountEntry]
+) -> bool:
     same_text = device.backing_file == name and not device.deleted
     if file is None:
         return device.backing_file == name
+    below = mount_of(device.backing_file, table)
+    if not same_text and below is not None and below.has_server:
+        return False
     try:
         with _opened(device.path, os.O_RDONLY) as fd:
             status = _status(fd)

@@ -21,6 +21,7 @@ _BEFORE_OPTIONAL = 6
 _AFTER_SEPARATOR = 3
 _NO_DEVICE_NUMBER = frozenset({"btrfs"})
 """Filesystems that show an anonymous number in place of their block device's."""
+_SERVED = frozenset({"fuse", "nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "afs", "autofs"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,11 @@ class MountEntry:
     def read_only(self) -> bool:
         """Whether nothing can be written through this mount."""
         return "ro" in self.options.split(",") or "ro" in self.super_options.split(",")
+
+    @property
+    def has_server(self) -> bool:
+        """Whether a process or another host answers for it, and may not answer."""
+        return self.fstype.partition(".")[0] in _SERVED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +136,18 @@ def mount_at(target: str) -> MountEntry | None:
     by_point = {entry.mount_point: entry for entry in own_mounts()}
     found = by_point.get(os.path.join(os.path.realpath(parent), name) if name else absolute)
     return found or by_point.get(os.path.realpath(target))
+
+
+def mount_of(path: str, table: list[MountEntry]) -> MountEntry | None:
+    """The mount of a table that a path lies in, by its name: it must have no links in it."""
+    wanted = os.path.join(path, "")
+    best = None
+    for entry in table:
+        inside = wanted.startswith(os.path.join(entry.mount_point, ""))
+        # Of mounts on one place the later covers the earlier.
+        if inside and (best is None or len(entry.mount_point) >= len(best.mount_point)):
+            best = entry
+    return best
 
 
 def process_ids() -> list[int]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 from thinpool import errors
 from thinpool.host import syscalls
 from thinpool.host.failures import failure
-from thinpool.host.holders import find_holders
+from thinpool.host.holders import describe, find_holders
 from thinpool.host.mountinfo import MountEntry, mount_at, own_mounts
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def mount(
         fd = _mount_descriptor(source, fstype, wanted, asked=asked)
     except OSError as cause:
         if cause.errno not in _NEW_API_ABSENT:
-            raise failure(cause, asked, path=target) from cause
+            raise _refusal(cause, asked, source) from cause
         _mount_classic(source, target, fstype, wanted, asked=asked)
         return
     try:
@@ -211,7 +211,7 @@ def detached_mount(
         fd = _mount_descriptor(source, fstype, wanted, asked=asked)
     except OSError as cause:
         if cause.errno not in _NEW_API_ABSENT:
-            raise failure(cause, asked, path=source) from cause
+            raise _refusal(cause, asked, source) from cause
         fd = _detached_classic(source, fstype, wanted, asked=asked)
     try:
         # The kernel's descriptor names the mount only; one that can be read is needed too.
@@ -219,15 +219,18 @@ def detached_mount(
         try:
             yield root
             if not wanted.read_only:
-                syscalls.syncfs(root)
-        except OSError as cause:
-            if cause.filename is None and cause.errno in (errno.EIO, errno.ENOSPC, errno.EROFS):
-                raise failure(cause, f"cannot write {source} back", path=source) from cause
-            raise
+                _write_back(root, source)
         finally:
             os.close(root)
     finally:
         os.close(fd)
+
+
+def _write_back(root: int, source: str) -> None:
+    try:
+        syscalls.syncfs(root)
+    except OSError as cause:
+        raise failure(cause, f"cannot write {source} back", path=source) from cause
 
 
 def unmount(target: str, *, lazy: bool = False, timeout: float = _UMOUNT_SECONDS) -> bool:
@@ -389,10 +392,23 @@ def _mount_descriptor(source: str, fstype: str, wanted: MountOptions, *, asked: 
     except OSError as cause:
         said = _context_log(fs)
         if said and cause.errno not in _NEW_API_ABSENT:
-            raise failure(cause, f"{asked} ({said})", path=source) from cause
+            raise _refusal(cause, f"{asked} ({said})", source) from cause
         raise
     finally:
         os.close(fs)
+
+
+def _refusal(cause: OSError, asked: str, source: str) -> errors.ThinpoolError:
+    """The error for a mount that the kernel refused; a busy device's holder is named."""
+    error = failure(cause, asked, path=source)
+    if not isinstance(error, errors.BusyError):
+        return error
+    holder = None
+    with contextlib.suppress(OSError):
+        device = os.stat(source).st_rdev
+        holder = describe(find_holders(device, path=source)) if device else None
+    known = holder or "by something not visible from here"
+    return errors.BusyError(f"{asked}: {source} is in use, {known}", holder=holder, path=source)
 
 
 def _context_log(fs: int) -> str:
@@ -418,7 +434,7 @@ def _mount_classic(
     try:
         syscalls.mount(source, target, fstype, _classic_flags(wanted), data)
     except OSError as cause:
-        raise failure(cause, asked, path=target) from cause
+        raise _refusal(cause, asked, source) from cause
 
 
 def _detached_classic(source: str, fstype: str, wanted: MountOptions, *, asked: str) -> int:

@@ -109,11 +109,13 @@ class RunDirectory:
         directory = self._found(pool)
         if directory is None:
             return {}
-        return {
-            entry.name: os.readlink(entry)
-            for entry in directory.iterdir()
-            if entry.is_symlink() and not entry.name.startswith(".")
-        }
+        links = {}
+        with contextlib.suppress(FileNotFoundError):  # the last link went, and it with it
+            for entry in directory.iterdir():
+                if entry.is_symlink() and not entry.name.startswith("."):
+                    with contextlib.suppress(FileNotFoundError):
+                        links[entry.name] = os.readlink(entry)
+        return links
 
     def forget_pool(self, pool: str) -> int:
         """Take all links of a pool and its claim away; returns how many links there were."""
@@ -140,6 +142,8 @@ class RunDirectory:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield
+        except OSError as cause:
+            raise failure(cause, f"cannot change the names in {self.base}/dev") from cause
         finally:
             os.close(fd)
 
@@ -257,6 +261,8 @@ def _claimant(directory: Path) -> str | None:
         return os.fsdecode((directory / _CLAIM).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except PermissionError:
+        return "/"  # another user's: whose it is can't be told, but it is somebody's
 
 
 def _claim(directory: Path, root: str) -> None:
@@ -266,6 +272,7 @@ def _claim(directory: Path, root: str) -> None:
         for entry in directory.iterdir():
             entry.unlink()  # links of a root that is gone
         temporary.write_bytes(os.fsencode(root))
+        temporary.chmod(0o644)
         temporary.rename(directory / _CLAIM)
     except OSError as cause:
         raise failure(cause, f"cannot claim {directory}", path=str(directory)) from cause

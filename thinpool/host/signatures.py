@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from thinpool import errors
+from thinpool.host import loop
 from thinpool.host.failures import failure
 from thinpool.host.holders import describe, find_holders
 
@@ -138,7 +139,8 @@ def refuse_foreign(path: str | os.PathLike[str], *, force: bool = False) -> None
 
     Raises:
         ForeignDataError: it carries something; ``carries`` says what.
-        BusyError: it is a device that is mounted or has another device on top.
+        BusyError: it is a device that is mounted or has another device on top, or a file that
+            a loop device is attached to.
         UsageError, NotPermittedError, StorageIOError: as ``carries``.
     """
     name = os.fspath(path)
@@ -266,7 +268,14 @@ def _nonzero(fd: int, start: int, end: int) -> bool:
 
 def _refuse_used(name: str) -> None:
     node = os.stat(name)
-    if not stat.S_ISBLK(node.st_mode):
+    if stat.S_ISREG(node.st_mode):
+        attached = loop.find(name)
+        if attached:
+            raise errors.BusyError(
+                f"{name} is in use: {attached[0].path} is attached to it",
+                holder=attached[0].path,
+                path=name,
+            )
         return
     try:
         os.close(os.open(name, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))

@@ -20,8 +20,9 @@ _SYS_FSMOUNT: Final = 432
 
 FSOPEN_CLOEXEC: Final = 0x1
 FSMOUNT_CLOEXEC: Final = 0x1
-MOVE_MOUNT_F_EMPTY_PATH: Final = 0x4
-MOVE_MOUNT_T_EMPTY_PATH: Final = 0x40
+_MOVE_MOUNT_F_EMPTY_PATH: Final = 0x4
+_MOVE_MOUNT_T_SYMLINKS: Final = 0x10
+_MOVE_MOUNT_T_AUTOMOUNTS: Final = 0x20
 
 FSCONFIG_SET_FLAG: Final = 0
 FSCONFIG_SET_STRING: Final = 1
@@ -96,7 +97,7 @@ def fsmount(fd: int, attributes: int) -> int:
 
 
 def move_mount(fd: int, target: str) -> None:
-    """Put the mount of a descriptor at a path."""
+    """Put the mount of a descriptor at a path, whose links are followed as mount(2) does."""
     _checked(
         _libc.syscall(
             _long(_SYS_MOVE_MOUNT),
@@ -104,7 +105,7 @@ def move_mount(fd: int, target: str) -> None:
             _char_p(b""),
             _int(AT_FDCWD),
             _char_p(os.fsencode(target)),
-            _uint(MOVE_MOUNT_F_EMPTY_PATH),
+            _uint(_MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_SYMLINKS | _MOVE_MOUNT_T_AUTOMOUNTS),
         ),
         target,
     )
