@@ -261,7 +261,7 @@ int tp_pool_find_holes(struct tp_pool *pool, uint64_t first_block, struct tp_err
 	return 0;
 }
 
-static void pool_free(struct tp_pool *pool)
+void tp_pool_free(struct tp_pool *pool)
 {
 	if (!pool)
 		return;
@@ -304,7 +304,7 @@ static struct tp_pool *pool_alloc(void)
 	pool->flushes.next = 1;
 	pool->locks = tp_block_locks_create();
 	if (!pool->locks) {
-		pool_free(pool);
+		tp_pool_free(pool);
 		return NULL;
 	}
 	return pool;
@@ -358,7 +358,7 @@ int tp_pool_open(struct tp_bdev *metadata, struct tp_bdev *data,
 			pool->background_runs = true;
 	}
 	if (r) {
-		pool_free(pool);
+		tp_pool_free(pool);
 		return r;
 	}
 	*pool_ret = pool;
@@ -393,18 +393,25 @@ int tp_pool_close(struct tp_pool *pool, struct tp_error *err)
 		if (!r)
 			tp_redo_clear(pool->redo);
 	}
-	pool_free(pool);
+	tp_pool_free(pool);
 	return r;
 }
 
 void tp_pool_abandon(struct tp_pool *pool)
 {
+	bool open_volumes;
+
 	if (!pool)
 		return;
 	stop_background(pool);
-	while (pool->volumes)
-		tp_volume_close(pool->volumes);
-	pool_free(pool);
+	/* Handles may be dropped in any order: the last volume takes the pool along. */
+	pthread_mutex_lock(&pool->changes_lock);
+	atomic_store(&pool->mode, TP_MODE_FAIL);
+	pool->orphaned = true;
+	open_volumes = pool->volumes != NULL;
+	pthread_mutex_unlock(&pool->changes_lock);
+	if (!open_volumes)
+		tp_pool_free(pool);
 }
 
 /* ---- status and settings ------------------------------------------------------------------ */

@@ -109,6 +109,7 @@ struct tp_pool {
 	pthread_t background;
 	bool background_runs;
 	_Atomic bool stop;
+	bool orphaned;			/* abandoned: freed with its last volume */
 	bool commit_now;
 	uint64_t next_commit_ms;		/* the background thread's own */
 	_Atomic uint32_t dirty;
@@ -120,6 +121,7 @@ struct tp_pool {
 /* ---- pool.c ------------------------------------------------------------------------------- */
 
 uint64_t tp_now_ms(void);
+void tp_pool_free(struct tp_pool *pool);
 void tp_pool_event(struct tp_pool *pool);
 void tp_pool_set_mode(struct tp_pool *pool, uint32_t mode);
 /* After an error that leaves memory and disk apart: read-only, needs_check set. Returns status. */

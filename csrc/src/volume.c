@@ -290,6 +290,7 @@ void tp_volume_close(struct tp_volume *volume)
 	struct tp_pool *pool;
 	struct tp_volume **at;
 	uint32_t i;
+	bool last;
 
 	if (!volume)
 		return;
@@ -303,8 +304,11 @@ void tp_volume_close(struct tp_volume *volume)
 	*at = volume->next;
 	tp_md_put_device(pool->md, volume->device);
 	pthread_mutex_unlock(&pool->md_lock);
+	last = pool->orphaned && !pool->volumes;
 	pthread_mutex_unlock(&pool->changes_lock);
 	volume_free(volume);
+	if (last)
+		tp_pool_free(pool);
 }
 
 int tp_volume_resize(struct tp_volume *volume, uint64_t size, struct tp_error *err)

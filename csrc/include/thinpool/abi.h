@@ -320,7 +320,8 @@ int tp_pool_open(struct tp_bdev *metadata, struct tp_bdev *data,
 		 struct tp_error *err);
 /* Commits, then frees. TP_E_BUSY while volumes are open. On another failure the pool is freed too. */
 int tp_pool_close(struct tp_pool *pool, struct tp_error *err);
-/* Frees without committing: what a crash leaves. */
+/* Frees without committing: what a crash leaves. Open volumes fail from here on; the last that is
+ * closed frees the pool. */
 void tp_pool_abandon(struct tp_pool *pool);
 /* Everything acknowledged before the call is durable on return. */
 int tp_pool_commit(struct tp_pool *pool, struct tp_error *err);
