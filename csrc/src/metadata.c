@@ -344,6 +344,11 @@ bool tp_md_changed(const struct tp_metadata *md)
 	return md->changed;
 }
 
+bool tp_md_uncommitted(const struct tp_metadata *md)
+{
+	return md->changed || md->sealed;
+}
+
 const void *tp_md_sealed_superblock(const struct tp_metadata *md)
 {
 	return md->pending->bytes;

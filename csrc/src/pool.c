@@ -392,6 +392,9 @@ int tp_pool_close(struct tp_pool *pool, struct tp_error *err)
 		r = tp_pool_flush_round(pool, true, err);
 		if (!r)
 			tp_redo_clear(pool->redo);
+	} else if (tp_md_uncommitted(pool->md)) {
+		/* What was acknowledged since the last commit goes: that is not a success. */
+		r = tp_pool_check_writable(pool, err);
 	}
 	tp_pool_free(pool);
 	return r;

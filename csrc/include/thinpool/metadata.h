@@ -71,6 +71,8 @@ int tp_md_has_room(const struct tp_metadata *md, bool into_reserve);
 /* The open transaction's number, and whether it holds anything. */
 uint64_t tp_md_transaction(const struct tp_metadata *md);
 bool tp_md_changed(const struct tp_metadata *md);
+/* As above, or a sealed transaction is not durable. */
+bool tp_md_uncommitted(const struct tp_metadata *md);
 /* The superblock as it will be written by the sealed transaction: TP_MD_BLOCK_SIZE bytes. */
 const void *tp_md_sealed_superblock(const struct tp_metadata *md);
 const void *tp_md_committed_superblock(const struct tp_metadata *md);
