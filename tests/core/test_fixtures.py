@@ -42,6 +42,13 @@ class KernelPool:
             for id_, device in self.notes["devices"].items()
         }
 
+    def __enter__(self) -> KernelPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.metadata.close()
+        self.data.close()
+
     def open(self) -> Pool:
         return Pool.open(self.metadata, self.data, OPTIONS)
 
@@ -61,8 +68,7 @@ class KernelPool:
 
 @pytest.mark.parametrize("name", KERNEL_POOLS)
 def test_a_kernel_pool_reads_as_the_kernel_wrote_it(name: str) -> None:
-    fixture = KernelPool(name)
-    with fixture.open() as pool:
+    with KernelPool(name) as fixture, fixture.open() as pool:
         status = pool.status()
         assert status.transaction_id == fixture.notes.get("transaction_id", 0)
         assert not status.needs_check
@@ -79,8 +85,11 @@ def test_a_kernel_pool_reads_as_the_kernel_wrote_it(name: str) -> None:
 def test_a_kernel_pool_takes_changes_and_stays_sound(name: str, seed: int) -> None:
     """Writes, snapshots, discards and a delete on top; what was not touched keeps its digest."""
     print(f"seed {seed}")
-    random_ = random.Random(seed)
-    fixture = KernelPool(name)
+    with KernelPool(name) as fixture:
+        change_and_verify(fixture, random.Random(seed))
+
+
+def change_and_verify(fixture: KernelPool, random_: random.Random) -> None:
     victim = max(fixture.sizes)
     size = fixture.sizes[victim]
     with fixture.open() as pool:
@@ -114,8 +123,7 @@ def test_a_kernel_pool_takes_changes_and_stays_sound(name: str, seed: int) -> No
 
 
 def test_a_held_metadata_snapshot_of_the_kernel_survives_changes_and_is_released() -> None:
-    fixture = KernelPool("metasnap")
-    with fixture.open() as pool:
+    with KernelPool("metasnap") as fixture, fixture.open() as pool:
         assert pool.status().held_root == 37
         with pool.open_volume(VolumeId(0), size=fixture.sizes[0]) as volume:
             volume.write(0, b"changed" * 1000)
@@ -138,7 +146,7 @@ def test_a_pool_made_by_thin_restore_opens_and_its_hidden_end_is_found_when_it_g
     block = int.from_bytes(metadata_bytes[0x150:0x154], "little") * 512
     blocks = int.from_bytes(metadata_bytes[0x40:0x48], "little")
     data = BlockDevice.open_memory((blocks + GROWN_BLOCKS) * block)
-    with Pool.open(metadata, data, OPTIONS) as pool:
+    with metadata, data, Pool.open(metadata, data, OPTIONS) as pool:
         if pool.status().needs_check:
             pool.clear_needs_check()
         used = pool.status().data_blocks_used
