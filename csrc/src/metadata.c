@@ -8,7 +8,7 @@
 #include "superblock.h"
 
 #define DEVICE_BUCKETS 256u
-#define MD_BLOCKS_MIN 16u	/* below this not even an empty pool fits */
+#define MD_BLOCKS_MIN  16u /* below this not even an empty pool fits */
 /* The kernel's reserve is a tenth; on a tiny device that is less than one change can need. */
 #define RESERVE_MIN 48u
 
@@ -24,8 +24,8 @@ struct tp_metadata {
 	uint64_t nr_devices;
 	uint32_t time;
 	uint32_t data_block_sectors;
-	uint64_t transaction;		/* number of the open one, from 1 */
-	bool changed;			/* it holds something */
+	uint64_t transaction; /* number of the open one, from 1 */
+	bool changed;         /* it holds something */
 	bool sealed;
 	union {
 		struct tp_disk_superblock sb;
@@ -56,8 +56,11 @@ static int block_dec(void *context, const void *value, struct tp_error *err)
 
 static struct tp_btree device_tree(struct tp_metadata *md)
 {
-	return (struct tp_btree){ .tm = md->tm, .value_size = TP_MAPPING_VALUE_SIZE,
-				  .value_inc = block_inc, .value_dec = block_dec, .context = md };
+	return (struct tp_btree){ .tm = md->tm,
+				  .value_size = TP_MAPPING_VALUE_SIZE,
+				  .value_inc = block_inc,
+				  .value_dec = block_dec,
+				  .context = md };
 }
 
 static int root_inc(void *context, const void *value, struct tp_error *err)
@@ -81,8 +84,11 @@ static int root_dec(void *context, const void *value, struct tp_error *err)
 
 static struct tp_btree top_tree(struct tp_metadata *md)
 {
-	return (struct tp_btree){ .tm = md->tm, .value_size = TP_MAPPING_VALUE_SIZE,
-				  .value_inc = root_inc, .value_dec = root_dec, .context = md };
+	return (struct tp_btree){ .tm = md->tm,
+				  .value_size = TP_MAPPING_VALUE_SIZE,
+				  .value_inc = root_inc,
+				  .value_dec = root_dec,
+				  .context = md };
 }
 
 static struct tp_btree details_tree(struct tp_metadata *md)
@@ -172,7 +178,8 @@ int tp_md_format(struct tp_bdev *bdev, uint32_t data_block_sectors, uint64_t nr_
 	if (data_block_sectors < TP_DATA_BLOCK_SECTORS_MIN ||
 	    data_block_sectors > TP_DATA_BLOCK_SECTORS_MAX ||
 	    data_block_sectors % TP_DATA_BLOCK_SECTORS_MIN)
-		return tp_fail(err, TP_E_INVALID, "a data block has 64 KiB to 1 GiB in steps of "
+		return tp_fail(err, TP_E_INVALID,
+			       "a data block has 64 KiB to 1 GiB in steps of "
 			       "64 KiB, not %lu bytes",
 			       (unsigned long)data_block_sectors * TP_SECTOR_SIZE);
 	if (blocks < MD_BLOCKS_MIN + nr_data_blocks / TP_BITMAP_ENTRIES)
@@ -475,12 +482,11 @@ int tp_md_next_device(struct tp_metadata *md, uint32_t id, struct tp_volume_info
 	memset(info_ret, 0, sizeof(*info_ret));
 	info_ret->id = (uint32_t)key;
 	device = find_device(md, (uint32_t)key);
-	info_ret->mapped_blocks = device ? device->mapped_blocks :
-				  tp_le64_get(value.mapped_blocks);
+	info_ret->mapped_blocks = device ? device->mapped_blocks : tp_le64_get(value.mapped_blocks);
 	info_ret->transaction_id = tp_le64_get(value.transaction_id);
 	info_ret->creation_time = tp_le32_get(value.creation_time);
-	info_ret->snapshotted_time = device ? device->snapshotted_time :
-				     tp_le32_get(value.snapshotted_time);
+	info_ret->snapshotted_time =
+		device ? device->snapshotted_time : tp_le32_get(value.snapshotted_time);
 	info_ret->open = device ? device->holders : 0;
 	return 0;
 }
@@ -514,7 +520,8 @@ static int enter_device(struct tp_metadata *md, const struct tp_device *device,
 int tp_md_create_device(struct tp_metadata *md, uint32_t id, struct tp_error *err)
 {
 	struct tp_btree tree = device_tree(md);
-	struct tp_device device = { .id = id, .creation_time = md->time,
+	struct tp_device device = { .id = id,
+				    .creation_time = md->time,
 				    .snapshotted_time = md->time,
 				    .transaction_id = md->transaction_id };
 	int r = exists(md, id, err);
@@ -555,8 +562,10 @@ int tp_md_create_snapshot(struct tp_metadata *md, uint32_t id, uint32_t origin_i
 	if (r)
 		return r;
 	if (md->time >= TP_TIME_MAX)
-		return tp_fail(err, TP_E_LIMIT, "the pool has had its %u snapshots: times have "
-			       "24 bits", TP_TIME_MAX);
+		return tp_fail(err, TP_E_LIMIT,
+			       "the pool has had its %u snapshots: times have "
+			       "24 bits",
+			       TP_TIME_MAX);
 	r = tp_md_get_device(md, origin_id, &origin, err);
 	if (r)
 		return r;
@@ -565,7 +574,8 @@ int tp_md_create_snapshot(struct tp_metadata *md, uint32_t id, uint32_t origin_i
 		r = tp_tm_inc(md->tm, origin->root, err);
 	if (!r) {
 		md->time++;
-		snapshot = (struct tp_device){ .id = id, .root = origin->root,
+		snapshot = (struct tp_device){ .id = id,
+					       .root = origin->root,
 					       .mapped_blocks = origin->mapped_blocks,
 					       .transaction_id = md->transaction_id,
 					       .creation_time = md->time,
@@ -742,9 +752,8 @@ int tp_md_hold_snapshot(struct tp_metadata *md, struct tp_error *err)
 	int r;
 
 	if (md->held_root)
-		return tp_fail_block(err, TP_E_METADATA_SNAPSHOT_HELD, md->held_root,
-				     md->held_root, 0,
-				     "the pool holds a metadata snapshot already, at block %lu",
+		return tp_fail_block(err, TP_E_METADATA_SNAPSHOT_HELD, md->held_root, md->held_root,
+				     0, "the pool holds a metadata snapshot already, at block %lu",
 				     (unsigned long)md->held_root);
 	TP_ASSERT(!md->changed && !md->sealed);
 	r = tp_tm_new(md->tm, TP_KIND_SUPERBLOCK, &block, &data, err);
@@ -808,8 +817,8 @@ static int enter_changed_devices(struct tp_metadata *md, struct tp_error *err)
 			if (device->details_changed) {
 				struct tp_disk_device_details value = pack_details(device);
 
-				r = tp_btree_insert(&details, &md->details_root, device->id,
-						    &value, err);
+				r = tp_btree_insert(&details, &md->details_root, device->id, &value,
+						    err);
 				if (r)
 					return r;
 				device->details_changed = false;

@@ -6,7 +6,7 @@
 
 #include "pool_private.h"
 
-#define SPACE_POLL_MS 1000u	/* a host's disk does not tell when it has room again */
+#define SPACE_POLL_MS 1000u /* a host's disk does not tell when it has room again */
 
 uint64_t tp_now_ms(void)
 {
@@ -97,7 +97,8 @@ int tp_pool_check_writable(struct tp_pool *pool, struct tp_error *err)
 		return 0;
 	case TP_MODE_RO:
 		if (atomic_load(&pool->needs_check))
-			return tp_fail(err, TP_E_NEEDS_CHECK, "the pool is read-only until it "
+			return tp_fail(err, TP_E_NEEDS_CHECK,
+				       "the pool is read-only until it "
 				       "was checked: a flush or a metadata write failed");
 		return tp_fail(err, TP_E_READ_ONLY, "the pool is read-only");
 	default:
@@ -185,7 +186,8 @@ static int replay_one(struct tp_pool *pool, const struct tp_redo_record *record,
 		if (r)
 			r = tp_fail_block(err, r, record->b, 0, 0,
 					  "a replayed first write wants data block %lu, which is "
-					  "taken", (unsigned long)record->b);
+					  "taken",
+					  (unsigned long)record->b);
 		else
 			r = tp_md_insert(md, device, record->a, record->b, &value, err);
 		tp_md_put_device(md, device);
@@ -253,8 +255,8 @@ int tp_pool_find_holes(struct tp_pool *pool, uint64_t first_block, struct tp_err
 			return r;
 		if (begin >= limit || begin >= end)
 			break;
-		for (block = begin / pool->block_size;
-		     block < nr && block * pool->block_size < end; block++)
+		for (block = begin / pool->block_size; block < nr && block * pool->block_size < end;
+		     block++)
 			pool->holes[block / 64] &= ~(UINT64_C(1) << (block % 64));
 		at = end;
 	}
@@ -476,7 +478,8 @@ int tp_pool_clear_needs_check(struct tp_pool *pool, struct tp_error *err)
 		return tp_fail(err, TP_E_READ_ONLY, "the pool is open read-only");
 	pthread_mutex_lock(&pool->md_lock);
 	if (tp_md_changed(pool->md))
-		r = tp_fail(err, TP_E_NEEDS_CHECK, "the pool failed with changes in memory: open it "
+		r = tp_fail(err, TP_E_NEEDS_CHECK,
+			    "the pool failed with changes in memory: open it "
 			    "again before clearing needs-check");
 	if (!r)
 		r = tp_md_write_needs_check(pool->md, false, err);

@@ -11,10 +11,9 @@
 /* A device with more mappings is emptied in bounded transactions before it is deleted, so that
  * deleting it never needs more metadata blocks than the reserve holds. */
 #define DELETE_AT_ONCE_MAX (UINT64_C(1) << 18)
-#define EMPTY_STEP 4096u
+#define EMPTY_STEP         4096u
 
-static int locked_snapshot(struct tp_pool *pool, uint32_t id, uint32_t origin,
-			   struct tp_error *err)
+static int locked_snapshot(struct tp_pool *pool, uint32_t id, uint32_t origin, struct tp_error *err)
 {
 	struct tp_volume *volume;
 	int r = tp_md_create_snapshot(pool->md, id, origin, err);
@@ -54,8 +53,8 @@ static int apply_one(struct tp_pool *pool, const struct tp_change *change, struc
 /* ---- judging a series --------------------------------------------------------------------- */
 
 /* Whether a device will exist after the first n changes: what the last of them about it says. */
-static int will_exist(struct tp_pool *pool, const struct tp_change *changes, size_t n,
-		      uint32_t id, bool *exists_ret, struct tp_error *err)
+static int will_exist(struct tp_pool *pool, const struct tp_change *changes, size_t n, uint32_t id,
+		      bool *exists_ret, struct tp_error *err)
 {
 	struct tp_volume_info info;
 	int r;
@@ -114,8 +113,10 @@ static int judge_all(struct tp_pool *pool, const struct tp_change *changes, size
 	if (r)
 		return r;
 	if (tp_md_time(pool->md) + snapshots > TP_TIME_MAX)
-		return tp_fail(err, TP_E_LIMIT, "the pool has had its %u snapshots: times have "
-			       "24 bits", TP_TIME_MAX);
+		return tp_fail(err, TP_E_LIMIT,
+			       "the pool has had its %u snapshots: times have "
+			       "24 bits",
+			       TP_TIME_MAX);
 	/* The caller has just committed where that helps. */
 	if (tp_md_has_room(pool->md, only_deletes) != 1)
 		return tp_fail(err, TP_E_METADATA_SPACE,
@@ -172,7 +173,8 @@ static int empty_device(struct tp_pool *pool, uint32_t id, struct tp_error *err)
 			if (r && r != TP_E_KEY_NOT_FOUND)
 				tp_pool_failed(pool, r);
 		}
-		c = tp_md_has_room(pool->md, false) != 1 || !tp_redo_has_room(pool->redo, EMPTY_STEP);
+		c = tp_md_has_room(pool->md, false) != 1 ||
+		    !tp_redo_has_room(pool->redo, EMPTY_STEP);
 		tp_md_put_device(pool->md, device);
 		pthread_mutex_unlock(&pool->md_lock);
 		if (!r && more && c)
@@ -200,8 +202,9 @@ static int close_gates(struct tp_pool *pool, const struct tp_change *changes, si
 		return tp_fail(err, TP_E_NO_MEMORY, "no memory for %zu changes", n);
 	pthread_mutex_lock(&pool->md_lock);
 	for (i = 0; i < n; i++) {
-		struct tp_volume *volume = changes[i].kind == TP_CHANGE_SNAPSHOT ?
-					   tp_find_volume(pool, changes[i].origin) : NULL;
+		struct tp_volume *volume = changes[i].kind == TP_CHANGE_SNAPSHOT
+						   ? tp_find_volume(pool, changes[i].origin)
+						   : NULL;
 
 		for (k = 0; k < gates->count && gates->volumes[k] != volume; k++)
 			;
@@ -248,8 +251,7 @@ static int change_all(struct tp_pool *pool, const struct tp_change *changes, siz
 
 /* The series with its gates and locks; durable on return when commit is set. */
 static int run_series(struct tp_pool *pool, const struct tp_change *changes, size_t n,
-		      const uint64_t *expected, uint64_t wanted, bool commit,
-		      struct tp_error *err)
+		      const uint64_t *expected, uint64_t wanted, bool commit, struct tp_error *err)
 {
 	struct closed_gates gates;
 	bool tight;
@@ -314,8 +316,7 @@ int tp_volume_create(struct tp_pool *pool, uint32_t id, struct tp_error *err)
 	return run_series(pool, &change, 1, NULL, 0, false, err);
 }
 
-int tp_snapshot_create(struct tp_pool *pool, uint32_t id, uint32_t origin_id,
-		       struct tp_error *err)
+int tp_snapshot_create(struct tp_pool *pool, uint32_t id, uint32_t origin_id, struct tp_error *err)
 {
 	struct tp_change change = { .kind = TP_CHANGE_SNAPSHOT, .id = id, .origin = origin_id };
 
@@ -380,9 +381,10 @@ static int resize_data(struct tp_pool *pool, uint64_t nr_blocks, struct tp_error
 		return tp_fail(err, TP_E_INVALID, "a pool cannot shrink: %lu data blocks to %lu",
 			       (unsigned long)old, (unsigned long)nr_blocks);
 	if (nr_blocks > tp_bdev_size(pool->data_bdev) / pool->block_size)
-		return tp_fail(err, TP_E_OUT_OF_RANGE, "the data device has room for %lu blocks, "
-			       "not %lu", (unsigned long)(tp_bdev_size(pool->data_bdev) /
-							  pool->block_size),
+		return tp_fail(err, TP_E_OUT_OF_RANGE,
+			       "the data device has room for %lu blocks, "
+			       "not %lu",
+			       (unsigned long)(tp_bdev_size(pool->data_bdev) / pool->block_size),
 			       (unsigned long)nr_blocks);
 	r = tp_md_resize_data(pool->md, nr_blocks, err);
 	if (!r)
@@ -415,7 +417,8 @@ static int hold_snapshot(struct tp_pool *pool, uint64_t argument, struct tp_erro
 {
 	(void)argument;
 	if (tp_md_has_room(pool->md, false) != 1)
-		return tp_fail(err, TP_E_METADATA_SPACE, "no metadata space for a metadata snapshot");
+		return tp_fail(err, TP_E_METADATA_SPACE,
+			       "no metadata space for a metadata snapshot");
 	return tp_md_hold_snapshot(pool->md, err);
 }
 

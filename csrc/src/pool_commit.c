@@ -11,7 +11,7 @@
 
 #include "pool_private.h"
 
-#define PUNCH_STEP_BLOCKS 256u
+#define PUNCH_STEP_BLOCKS  256u
 #define PUNCH_MERGE_BLOCKS 4096u
 
 static int flush_data(struct tp_pool *pool, struct tp_error *err)
@@ -38,8 +38,10 @@ static void finish(struct tp_pool *pool, uint64_t transaction)
 	bool space;
 
 	tp_redo_committed(pool->redo);
-	tp_md_finish(pool->md, pool->options.discard_mode == TP_DISCARD_PASSDOWN &&
-		     pool->data_bdev->can_punch ? &pool->to_punch : NULL);
+	tp_md_finish(pool->md,
+		     pool->options.discard_mode == TP_DISCARD_PASSDOWN && pool->data_bdev->can_punch
+			     ? &pool->to_punch
+			     : NULL);
 	atomic_store(&pool->committed, transaction);
 	atomic_fetch_add(&pool->commits, 1);
 	space = tp_data_map_nr_allocatable(tp_md_data_map(pool->md)) > 0;
@@ -156,8 +158,8 @@ int tp_pool_flush_round(struct tp_pool *pool, bool wants_commit, struct tp_error
 		pthread_cond_broadcast(&f->cond);
 	}
 	/* A waiter that slept through FLUSH_RESULTS rounds learns of a failure by the mode. */
-	r = f->done - mine < FLUSH_RESULTS ? f->results[mine % FLUSH_RESULTS] :
-					     tp_pool_check_writable(pool, err);
+	r = f->done - mine < FLUSH_RESULTS ? f->results[mine % FLUSH_RESULTS]
+					   : tp_pool_check_writable(pool, err);
 	if (r && f->done - mine < FLUSH_RESULTS && err)
 		*err = f->errors[mine % FLUSH_RESULTS];
 	pthread_mutex_unlock(&f->lock);
@@ -211,8 +213,10 @@ int tp_pool_punch_some(struct tp_pool *pool, uint64_t max_blocks, uint64_t *left
 
 	while (!r && done < max_blocks) {
 		pthread_mutex_lock(&pool->md_lock);
-		got = take_run(pool, PUNCH_MERGE_BLOCKS < max_blocks - done ? PUNCH_MERGE_BLOCKS :
-									max_blocks - done, &run);
+		got = take_run(pool,
+			       PUNCH_MERGE_BLOCKS < max_blocks - done ? PUNCH_MERGE_BLOCKS
+								      : max_blocks - done,
+			       &run);
 		pthread_mutex_unlock(&pool->md_lock);
 		if (!got)
 			break;
@@ -275,7 +279,8 @@ void *tp_pool_background(void *argument)
 		now = pool->commit_now;
 		pool->commit_now = false;
 		pthread_mutex_unlock(&pool->background_lock);
-		if (atomic_load(&pool->dirty) && (now || !left || tp_now_ms() >= pool->next_commit_ms)) {
+		if (atomic_load(&pool->dirty) &&
+		    (now || !left || tp_now_ms() >= pool->next_commit_ms)) {
 			tp_pool_flush_round(pool, true, NULL);
 			pool->next_commit_ms = tp_now_ms() + pool->options.commit_interval_ms;
 		}
@@ -283,7 +288,8 @@ void *tp_pool_background(void *argument)
 		if (tp_pool_punch_some(pool, PUNCH_STEP_BLOCKS, &left, NULL))
 			left = 0;
 		pthread_mutex_lock(&pool->background_lock);
-		if (atomic_load(&pool->mode) == TP_MODE_RO || atomic_load(&pool->mode) == TP_MODE_FAIL) {
+		if (atomic_load(&pool->mode) == TP_MODE_RO ||
+		    atomic_load(&pool->mode) == TP_MODE_FAIL) {
 			atomic_store(&pool->dirty, 0);
 			left = 0;
 		}

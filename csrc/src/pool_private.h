@@ -22,14 +22,14 @@
 #include "thinpool/error.h"
 #include "thinpool/metadata.h"
 
-#define GATE_SLOTS 8u
+#define GATE_SLOTS    8u
 #define CHUNK_ENTRIES 512u
 #define FLUSH_RESULTS 64u
 
 /* A cached mapping: 0 is not known, 1 is known to be unmapped, else the mapping value + 2. */
-#define CACHE_UNKNOWN UINT64_C(0)
+#define CACHE_UNKNOWN  UINT64_C(0)
 #define CACHE_UNMAPPED UINT64_C(1)
-#define CACHE_BIAS UINT64_C(2)
+#define CACHE_BIAS     UINT64_C(2)
 
 struct chunk {
 	_Atomic uint64_t entries[CHUNK_ENTRIES];
@@ -37,7 +37,7 @@ struct chunk {
 
 struct chunk_table {
 	uint64_t nr_chunks;
-	struct chunk_table *older;	/* readers may still look at it: freed at close */
+	struct chunk_table *older; /* readers may still look at it: freed at close */
 	_Atomic(struct chunk *) chunks[];
 };
 
@@ -48,9 +48,9 @@ struct gate_slot {
 struct tp_volume {
 	struct gate_slot gate[GATE_SLOTS];
 	_Atomic uint32_t gate_closed;
-	_Atomic uint32_t snapshotted_time;	/* mappings older than this may be shared */
-	_Atomic uint64_t changed_in;		/* transaction of its last change */
-	_Atomic uint64_t size;			/* bytes */
+	_Atomic uint32_t snapshotted_time; /* mappings older than this may be shared */
+	_Atomic uint64_t changed_in;       /* transaction of its last change */
+	_Atomic uint64_t size;             /* bytes */
 	_Atomic(struct chunk_table *) table;
 	struct tp_pool *pool;
 	struct tp_device *device;
@@ -62,10 +62,10 @@ struct tp_volume {
 struct flush_rounds {
 	pthread_mutex_t lock;
 	pthread_cond_t cond;
-	uint64_t next;		/* the round that has not begun */
-	uint64_t done;		/* all rounds up to this have ended */
+	uint64_t next; /* the round that has not begun */
+	uint64_t done; /* all rounds up to this have ended */
 	bool running;
-	bool wants_commit;	/* somebody who waits for the next round does */
+	bool wants_commit; /* somebody who waits for the next round does */
 	int results[FLUSH_RESULTS];
 	struct tp_error errors[FLUSH_RESULTS];
 };
@@ -73,26 +73,26 @@ struct flush_rounds {
 struct tp_pool {
 	struct tp_bdev *metadata_bdev, *data_bdev;
 	struct tp_pool_options options;
-	uint32_t block_size;			/* bytes */
+	uint32_t block_size; /* bytes */
 	uint32_t io_align;
 	struct tp_block_locks *locks;
 
-	pthread_mutex_t changes_lock;		/* the set of open volumes is changed or relied upon */
+	pthread_mutex_t changes_lock; /* the set of open volumes is changed or relied upon */
 	pthread_mutex_t md_lock;
 	struct tp_metadata *md;
 	struct tp_redo_log *redo;
 	struct tp_volume *volumes;
-	uint64_t *holes;			/* bit a data block: known to read as zeros */
-	struct tp_run_list to_punch;		/* freed and committed: host space to be returned */
+	uint64_t *holes;             /* bit a data block: known to read as zeros */
+	struct tp_run_list to_punch; /* freed and committed: host space to be returned */
 
 	pthread_mutex_t commit_lock;
 	struct flush_rounds flushes;
-	_Atomic uint64_t committed;		/* the last durable transaction */
+	_Atomic uint64_t committed; /* the last durable transaction */
 
 	_Atomic uint32_t mode;
 	_Atomic uint32_t needs_check;
-	_Atomic uint32_t host_full;		/* the host had no space for a data block */
-	_Atomic uint32_t erroring;		/* writes no longer wait for space */
+	_Atomic uint32_t host_full; /* the host had no space for a data block */
+	_Atomic uint32_t erroring;  /* writes no longer wait for space */
 	_Atomic uint32_t low_water_reached;
 	_Atomic uint64_t no_space_since_ms;
 
@@ -109,9 +109,9 @@ struct tp_pool {
 	pthread_t background;
 	bool background_runs;
 	_Atomic bool stop;
-	bool orphaned;			/* abandoned: freed with its last volume */
+	bool orphaned; /* abandoned: freed with its last volume */
 	bool commit_now;
-	uint64_t next_commit_ms;		/* the background thread's own */
+	uint64_t next_commit_ms; /* the background thread's own */
 	_Atomic uint32_t dirty;
 
 	_Atomic uint64_t commits, data_flushes, metadata_flushes;

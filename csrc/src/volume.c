@@ -105,8 +105,8 @@ uint64_t tp_cache_get(struct tp_volume *volume, uint64_t block)
 	struct chunk *chunk = find_chunk(volume, block);
 
 	return chunk ? atomic_load_explicit(&chunk->entries[block % CHUNK_ENTRIES],
-					    memory_order_acquire) :
-		       CACHE_UNKNOWN;
+					    memory_order_acquire)
+		     : CACHE_UNKNOWN;
 }
 
 /* Under md_lock: the chunk, made if needed; NULL without memory or past the end. */
@@ -138,8 +138,7 @@ void tp_cache_put(struct tp_volume *volume, uint64_t block, uint64_t entry)
 }
 
 /* The part of a leaf that lies in block's chunk goes into the cache, gaps included. */
-static int fill(struct tp_volume *volume, uint64_t block, uint64_t *entry_ret,
-		struct tp_error *err)
+static int fill(struct tp_volume *volume, uint64_t block, uint64_t *entry_ret, struct tp_error *err)
 {
 	uint64_t begin = block - block % CHUNK_ENTRIES, end = begin + CHUNK_ENTRIES - 1;
 	uint64_t low, high, key, value, nr_data;
@@ -174,8 +173,8 @@ static int fill(struct tp_volume *volume, uint64_t block, uint64_t *entry_ret,
 						     tp_le64_get(leaf->header.blocknr),
 						     tp_mapping_block(value), nr_data,
 						     "device %u maps block %lu to data block %lu, "
-						     "past the end", volume->id,
-						     (unsigned long)key,
+						     "past the end",
+						     volume->id, (unsigned long)key,
 						     (unsigned long)tp_mapping_block(value));
 			}
 			entry = value + CACHE_BIAS;
@@ -221,8 +220,10 @@ struct tp_volume *tp_find_volume(struct tp_pool *pool, uint32_t id)
 static int check_size(uint64_t size, struct tp_error *err)
 {
 	if (!size || size % TP_SECTOR_SIZE || size > UINT64_C(1) << 62)
-		return tp_fail(err, TP_E_INVALID, "a volume's size is a multiple of %u bytes, "
-			       "not %lu", TP_SECTOR_SIZE, (unsigned long)size);
+		return tp_fail(err, TP_E_INVALID,
+			       "a volume's size is a multiple of %u bytes, "
+			       "not %lu",
+			       TP_SECTOR_SIZE, (unsigned long)size);
 	return 0;
 }
 
@@ -373,12 +374,12 @@ static bool map_block(struct tp_volume *volume, uint64_t block, uint32_t within,
 		return false;
 	if (map->write && (!tp_entry_mapped(entry) || tp_entry_shared(volume, entry)))
 		return false;
-	offset = tp_entry_mapped(entry) ?
-		 tp_entry_block(entry) * pool->block_size + within : TP_MAP_HOLE;
+	offset = tp_entry_mapped(entry) ? tp_entry_block(entry) * pool->block_size + within
+					: TP_MAP_HOLE;
 	last = map->nr_extents ? &map->extents[map->nr_extents - 1] : NULL;
-	if (last && (offset == TP_MAP_HOLE ? last->data_offset == TP_MAP_HOLE :
-		     last->data_offset != TP_MAP_HOLE &&
-		     last->data_offset + last->length == offset))
+	if (last && (offset == TP_MAP_HOLE ? last->data_offset == TP_MAP_HOLE
+					   : last->data_offset != TP_MAP_HOLE &&
+						     last->data_offset + last->length == offset))
 		last->length += length;
 	else
 		map->extents[map->nr_extents++] = (struct tp_map_extent){ offset, length };

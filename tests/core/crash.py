@@ -48,7 +48,7 @@ def _choices(
         return
     yield "none", []
     if n <= EXHAUSTIVE_WRITES:
-        masks = [m for m in range(1, (1 << n) - 1)]
+        masks = list(range(1, (1 << n) - 1))
         random_.shuffle(masks)
         masks = masks[:samples]
     else:

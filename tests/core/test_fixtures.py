@@ -7,7 +7,7 @@ import json
 import lzma
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import zstandard
@@ -30,7 +30,9 @@ class KernelPool:
     def __init__(self, name: str) -> None:
         self.notes: dict[str, Any] = json.loads((POOLS / f"{name}.json").read_text())
         metadata = lzma.decompress((POOLS / f"{name}.meta.xz").read_bytes())
-        reader = zstandard.ZstdDecompressor().stream_reader((POOLS / f"{name}.data.zst").read_bytes())
+        reader = zstandard.ZstdDecompressor().stream_reader(
+            (POOLS / f"{name}.data.zst").read_bytes()
+        )
         data = reader.read()
         block = self.notes["block_size_sectors"] * 512
         self.metadata = BlockDevice.open_memory(len(metadata))
@@ -42,7 +44,7 @@ class KernelPool:
             for id_, device in self.notes["devices"].items()
         }
 
-    def __enter__(self) -> KernelPool:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -84,7 +86,7 @@ def test_a_kernel_pool_reads_as_the_kernel_wrote_it(name: str) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_kernel_pool_takes_changes_and_stays_sound(name: str, seed: int) -> None:
     """Writes, snapshots, discards and a delete on top; what was not touched keeps its digest."""
-    print(f"seed {seed}")
+    print(f"seed {seed}")  # noqa: T201 - a failure must say it
     with KernelPool(name) as fixture:
         change_and_verify(fixture, random.Random(seed))
 

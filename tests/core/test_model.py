@@ -16,8 +16,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from tests.core.judges import contents, have_thin_tools, thin_check, thin_dump
-from thinpool.check import check_metadata
+from tests.core.judges import contents, have_thin_tools, our_check, thin_check, thin_dump
 from thinpool.engine import BlockDevice, DiscardMode, Pool, PoolOptions, Volume, format_pool
 from thinpool.errors import DataSpaceError
 from thinpool.model import VolumeId
@@ -127,9 +126,9 @@ class PoolMachine(RuleBasedStateMachine):
     def read(self, data: Any) -> None:
         volume = self.pick(data)
         offset, length = self.draw_range(data)
-        assert self.handle(volume).read(offset, length) == self.model[volume][
-            offset : offset + length
-        ]
+        assert (
+            self.handle(volume).read(offset, length) == self.model[volume][offset : offset + length]
+        )
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
@@ -232,7 +231,7 @@ class PoolMachine(RuleBasedStateMachine):
         if status.dirty:
             return
         image = contents(self.metadata)
-        report = check_metadata(image)
+        report = our_check(image)
         assert report.clean, report.faults
 
     def teardown(self) -> None:
@@ -241,7 +240,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.everything_reads_as_the_model()
         self.pool.commit()
         image = contents(self.metadata)
-        report = check_metadata(image)
+        report = our_check(image)
         assert report.clean, report.faults
         thin_check(image)
         if have_thin_tools():

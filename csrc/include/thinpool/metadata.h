@@ -39,8 +39,8 @@ struct tp_device {
 	uint64_t mapped_blocks;
 	uint64_t transaction_id;
 	uint64_t root;
-	uint64_t owned_in;	/* transaction in which its path in the top level was owned */
-	uint64_t changed_in;	/* transaction of the last change, 0 for none */
+	uint64_t owned_in;   /* transaction in which its path in the top level was owned */
+	uint64_t changed_in; /* transaction of the last change, 0 for none */
 	bool details_changed;
 	bool root_changed;
 };
