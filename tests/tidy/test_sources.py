@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,15 @@ def test_no_shell_and_no_dmsetup() -> None:
         if re.search(r"shell\s*=\s*True|os\.system\(|[\"']dmsetup[\"']", line)
     ]
     assert not found, "\n".join(found)
+
+
+def test_generated_document_tables_are_fresh() -> None:
+    generator = REPOSITORY / "tools/gen_format_doc.py"
+    result = subprocess.run(
+        [sys.executable, str(generator), "--check"],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_documents_link_to_what_exists() -> None:
