@@ -50,9 +50,18 @@ def format_pool(
 class Pool(Handle):
     """An open pool; implements PoolBackend. Thread-safe."""
 
-    def __init__(self, pointer: Any, *, above: tuple[Handle, ...], keep: object) -> None:  # noqa: ANN401 - cffi's data has no type
+    def __init__(
+        self,
+        pointer: Any,  # noqa: ANN401 - cffi's data has no type
+        *,
+        metadata: BlockDevice,
+        data: BlockDevice,
+        keep: object,
+    ) -> None:
         """Use open instead."""
-        super().__init__(pointer, lib.tp_pool_abandon, above=above, what="the pool")
+        super().__init__(pointer, lib.tp_pool_abandon, above=(metadata, data), what="the pool")
+        self.metadata = metadata
+        self.data = data
         self._keep = keep
 
     @classmethod
@@ -94,7 +103,7 @@ class Pool(Handle):
         with metadata.in_call() as (metadata_pointer, err), data.in_call() as (data_pointer, _):
             status = lib.tp_pool_open(metadata_pointer, data_pointer, settings, opened, err)
             check(status, err, path=metadata.name)
-        return cls(opened[0], above=(metadata, data), keep=redo)
+        return cls(opened[0], metadata=metadata, data=data, keep=redo)
 
     def _free(self, pointer: Any) -> None:  # noqa: ANN401 - cffi's data has no type
         err = ffi.new("struct tp_error *")

@@ -317,14 +317,15 @@ class Extractor:
         except FileNotFoundError:
             if not create or not path:
                 raise
-            return self._make_parents(path)
+            self._make_parents(path)
+            fd = syscalls.openat2(self._root_fd, path, _OPEN_PATH, resolve=_RESOLVE)
         found = _Directory(fd, os.fstat(fd).st_ino)
         self._directories[path] = found
         if len(self._directories) > _CACHED_DIRECTORIES:
             self._stale.append(self._directories.popitem(last=False)[1].fd)
         return found
 
-    def _make_parents(self, path: bytes) -> _Directory:
+    def _make_parents(self, path: bytes) -> None:
         """Make what is missing of ``path``, from the last directory that is there."""
         missing: list[bytes] = []
         upper = path
@@ -349,7 +350,6 @@ class Extractor:
             self._made.setdefault(parent.inode, set()).add(name)
             at = at + b"/" + name if at else name
             parent = self._directory(at, create=False)
-        return parent
 
     def _forget_directories(self) -> None:
         while self._directories:

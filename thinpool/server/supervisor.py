@@ -36,12 +36,12 @@ from typing import TYPE_CHECKING, Final
 
 from thinpool import errors
 from thinpool.host import loop, mountinfo, mounts
+from thinpool.host.rundir import run_directory
 from thinpool.server import control, process
 from thinpool.server.fuse_mount import FuseConnection, open_connection
 from thinpool.server.fuse_server import slots_size
 from thinpool.server.shm import REDO_BYTES, TABLE_BYTES, create_memory
 from thinpool.server.worker import DEFAULT_PROGRAM
-from thinpool.store.devices import run_directory
 from thinpool.store.poolfile import SOCKET, PoolConfig, pool_directory, read_config
 
 if TYPE_CHECKING:
@@ -360,7 +360,7 @@ class Supervisor:
             "redo": self._redo,
             "table": self._table,
         }
-        command = [sys.executable, "-P", "-m", "thinpool.server.worker", "--root", str(self._root),
+        command = [sys.executable, "-m", "thinpool.server.worker", "--root", str(self._root),
                    "--pool", self._config.name, "--program", self._program]  # fmt: skip
         for name, fd in fds.items():
             command += [f"--{name}-fd", str(fd)]

@@ -1,7 +1,8 @@
 """From a volume to a block device: a file of the FUSE server, a loop device over it, a stable link.
 
-Links stand in RUN/dev/POOL; where another root has a pool of that name, in RUN/dev/POOL@HASH. A
-link is replaced by rename, so a path never misses while it should be there.
+Three things record an activation: the catalogue, the table of files that workers hand on, and the
+loop device itself. They are written in this order on the way up and in the reverse on the way
+down, so whatever a crash leaves is seen by comparing them, and taken down.
 
 Thread-safe for different volumes; the caller holds the volume's lock.
 """
@@ -9,35 +10,62 @@ Thread-safe for different volumes; the caller holds the volume's lock.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from thinpool import errors
 from thinpool.host import loop, mountinfo
+from thinpool.host.rundir import RunDirectory, set_node_access
 from thinpool.store.catalogue import ActivationRecord
 
 if TYPE_CHECKING:
-    from thinpool.engine import Volume
+    from collections.abc import Sequence
+
+    from thinpool.engine import VolumeIO
     from thinpool.model import VolumeId
     from thinpool.store.catalogue import Catalogue, Record
 
-_CLAIM: Final = ".root"
-_HASH_DIGITS: Final = 8
-_DEFAULT_MODE: Final = 0o660
+_DEFAULT_MODE = 0o660
 
 
-class Exporter(Protocol):
-    """Serves volumes as files named ``id-N`` under a directory."""
+class ServedFile(Protocol):
+    """One entry of the table of files."""
 
-    def add_file(self, volume: Volume, *, read_only: bool = False, generation: int) -> None:
-        """Serve one."""
+    @property
+    def id(self) -> VolumeId:
+        """Of the volume."""
         ...
 
-    def remove_file(self, file_id: VolumeId) -> None:
-        """Take it out, once its requests are answered."""
+
+class Served(Protocol):
+    """Serves volumes as files; what it serves is brought back after a crash of this process."""
+
+    def path(self, volume_id: VolumeId) -> Path:
+        """Of a volume's file; UnsupportedHostError where there can be none."""
+        ...
+
+    def add(
+        self, volume_id: VolumeId, *, size: int, read_only: bool = False, generation: int
+    ) -> Path:
+        """Open a volume and serve it."""
+        ...
+
+    def remove(self, volume_id: VolumeId) -> None:
+        """Take the file away once its requests are answered, and close the volume."""
+        ...
+
+    def resize(self, volume_id: VolumeId, size: int) -> None:
+        """Change the size of a served volume."""
+        ...
+
+    def volume(self, volume_id: VolumeId) -> VolumeIO | None:
+        """The open volume; None when it is not served."""
+        ...
+
+    def entries(self) -> Sequence[ServedFile]:
+        """What is served."""
         ...
 
 
@@ -63,35 +91,6 @@ class Device:
         return os.makedev(int(major), int(minor))
 
 
-def run_directory(root: Path) -> Path:
-    """RUN: /run/thinpool for root (or ``$THINPOOL_RUN``), ROOT/run for others."""
-    named = os.environ.get("THINPOOL_RUN")
-    if named:
-        return Path(named)
-    return Path("/run/thinpool") if os.geteuid() == 0 else root / "run"
-
-
-def link_directory(root: Path, pool: str) -> Path:
-    """Where a pool's device links stand; claims it for this root."""
-    base = run_directory(root) / "dev"
-    mine = str(root.resolve())
-    wanted = base / pool
-    wanted.mkdir(parents=True, exist_ok=True)
-    claim = wanted / _CLAIM
-    try:
-        descriptor = os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    except FileExistsError:
-        if claim.read_text(encoding="utf-8") in {mine, ""}:
-            return wanted
-        digest = hashlib.sha256(mine.encode()).hexdigest()[:_HASH_DIGITS]
-        other = base / f"{pool}@{digest}"
-        other.mkdir(parents=True, exist_ok=True)
-        return other
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(mine)
-    return wanted
-
-
 class Devices:
     """The block devices of one pool.
 
@@ -99,47 +98,40 @@ class Devices:
         root: of the pools.
         pool: its name.
         catalogue: where activations are recorded.
-        exporter: None where this host or this user can have no files.
-        directory: the FUSE mount.
+        served: the files; None where this host or this user can have none.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        pool: str,
-        catalogue: Catalogue,
-        exporter: Exporter | None,
-        directory: Path | None,
-    ) -> None:
+    def __init__(self, root: Path, pool: str, catalogue: Catalogue, served: Served | None) -> None:
         """Nothing is made yet."""
-        self._root = root
         self._pool = pool
         self._catalogue = catalogue
-        self._exporter = exporter
-        self._directory = directory
+        self._served = served
+        self._run = RunDirectory.of_root(root)
 
-    def require(self) -> tuple[Exporter, Path]:
-        """The exporter and its directory.
+    def require(self, record: Record) -> Served:
+        """What serves files.
 
         Raises:
-            UnsupportedHostError: there is none here.
+            UnsupportedHostError: nothing does here.
         """
-        if self._exporter is None or self._directory is None:
+        if self._served is None:
             raise errors.UnsupportedHostError(
-                "block devices need FUSE and loop devices, and the right to mount: run as root "
-                "on a host that has them, or read and write the volume through the API",
+                f"{record.name} cannot be activated: block devices need FUSE, loop devices and "
+                "the right to mount; run as root on a host that has them, or read and write the "
+                "volume through the API",
                 missing="fuse",
             )
-        return self._exporter, self._directory
+        self._served.path(record.id)
+        return self._served
 
     # ---- what is there ----------------------------------------------------------------------
 
     def find(self, record: Record) -> Device | None:
         """The device of an active volume."""
         activation = self._catalogue.activation(record.id)
-        if activation is None or activation.loop is None or self._directory is None:
+        if activation is None or activation.loop is None or self._served is None:
             return None
-        return self._device(record, activation.loop)
+        return self._device(record, activation.loop, self._served)
 
     def mounts(self, device: Device) -> list[mountinfo.NamespaceMount]:
         """Where it is mounted, in every namespace that can be seen."""
@@ -159,16 +151,14 @@ class Devices:
                 found.setdefault(entry.device, []).append(entry.mount_point)
         return found
 
-    def _file(self, volume_id: VolumeId) -> Path:
-        _, directory = self.require()
-        return directory / f"id-{volume_id}"
-
-    def _device(self, record: Record, number: int) -> Device:
+    def _device(self, record: Record, number: int, served: Served) -> Device:
+        link = self._run.device_link(self._pool, record.name)
+        node = f"/dev/loop{number}"
         return Device(
-            path=str(link_directory(self._root, self._pool) / record.name),
-            node=f"/dev/loop{number}",
+            path=str(link) if link is not None else node,
+            node=node,
             number=f"{loop.LOOP_MAJOR}:{number}",
-            file=str(self._file(record.id)),
+            file=str(served.path(record.id)),
         )
 
     # ---- up ---------------------------------------------------------------------------------
@@ -176,57 +166,45 @@ class Devices:
     def attach(
         self,
         record: Record,
-        volume: Volume,
         *,
         read_only: bool,
         by_mount: bool,
         owner: tuple[int, int] | None,
         mode: int | None,
     ) -> Device:
-        """Make the device of an open volume. On failure nothing of it is left."""
-        exporter, _ = self.require()
-        generation = self._catalogue.next_generation()
+        """Make the device of a volume that is not open. On failure nothing of it is left."""
+        served = self.require(record)
         activation = ActivationRecord(
             id=record.id,
             read_only=read_only,
-            generation=generation,
+            generation=self._catalogue.next_generation(),
             loop=None,
             sequence=None,
             by_mount=by_mount,
             settings={"owner": owner, "mode": mode},
         )
         with contextlib.ExitStack() as undo:
-            # Recorded before anything is made: a successor takes down what has no loop device yet.
             self._catalogue.put_activation(activation)
             undo.callback(self._catalogue.delete_activation, record.id)
-            exporter.add_file(volume, read_only=read_only, generation=generation)
-            undo.callback(exporter.remove_file, record.id)
-            device = loop.attach(self._file(record.id), read_only=read_only)
+            file = served.add(
+                record.id, size=record.size, read_only=read_only, generation=activation.generation
+            )
+            undo.callback(served.remove, record.id)
+            device = loop.attach(file, read_only=read_only)
             undo.callback(loop.detach, device)
             activation = replace(activation, loop=device.number, sequence=device.sequence)
             self._catalogue.put_activation(activation)
-            if owner is not None:
-                os.chown(device.path, *owner)
-            os.chmod(device.path, mode if mode is not None else _DEFAULT_MODE)  # noqa: PTH101 - a device node
-            self._link(record)
+            if owner is not None or mode is not None:
+                user, group = owner if owner is not None else (None, None)
+                set_node_access(
+                    device.path,
+                    owner=user,
+                    group=group,
+                    mode=mode if mode is not None else _DEFAULT_MODE,
+                )
+            self._run.link_device(self._pool, record.name, device.path)
             undo.pop_all()
-        return self._device(record, device.number)
-
-    def restore(self, record: Record, volume: Volume, activation: ActivationRecord) -> None:
-        """Serve again what a dead predecessor served; its loop device still stands."""
-        exporter, _ = self.require()
-        exporter.add_file(volume, read_only=activation.read_only, generation=activation.generation)
-        self._link(record)
-
-    def _link(self, record: Record) -> None:
-        activation = self._catalogue.activation(record.id)
-        if activation is None or activation.loop is None:
-            return
-        directory = link_directory(self._root, self._pool)
-        temporary = directory / f".{record.name}.new"
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(f"/dev/loop{activation.loop}")
-        temporary.replace(directory / record.name)
+        return self._device(record, device.number, served)
 
     # ---- down -------------------------------------------------------------------------------
 
@@ -236,18 +214,16 @@ class Devices:
         Raises:
             BusyError: it is mounted or open; everything stays.
         """
-        exporter, _ = self.require()
         activation = self._catalogue.activation(record.id)
         if activation is None:
             return
-        if activation.loop is not None:
-            standing = self._standing(activation)
-            if standing is not None:
-                _restore_node(standing.path)
-                loop.detach(standing)
-        self.unlink(record.name)
-        with contextlib.suppress(errors.NotFoundError):
-            exporter.remove_file(record.id)
+        standing = self._standing(activation)
+        if standing is not None:
+            loop.detach(standing)
+        self._run.unlink_device(self._pool, record.name)
+        if self._served is not None:
+            with contextlib.suppress(errors.NotFoundError):
+                self._served.remove(record.id)
         self._catalogue.delete_activation(record.id)
 
     def _standing(self, activation: ActivationRecord) -> loop.LoopDevice | None:
@@ -259,18 +235,61 @@ class Devices:
             return None
         return found
 
-    def stands(self, activation: ActivationRecord) -> bool:
-        """The device of an activation is still there."""
-        return self._standing(activation) is not None
+    # ---- after a crash ----------------------------------------------------------------------
 
-    def unlink(self, name: str) -> None:
-        """Drop a link."""
-        (link_directory(self._root, self._pool) / name).unlink(missing_ok=True)
+    def restore(self) -> list[str]:
+        """Take down what is only half there; what was whole is served again by now.
 
-    def relink(self, old: str, record: Record) -> None:
-        """Follow a new name."""
-        self._link(record)
-        self.unlink(old)
+        Returns:
+            The names of volumes that are not active any more.
+        """
+        served = {entry.id for entry in self._served.entries()} if self._served else set()
+        lost = []
+        whole: set[VolumeId] = set()
+        for activation in self._catalogue.activations():
+            if activation.id in served and self._standing(activation) is not None:
+                whole.add(activation.id)
+                continue
+            record = self._catalogue.by_id(activation.id)
+            if record is not None:
+                self._run.unlink_device(self._pool, record.name)
+                lost.append(record.name)
+            self._catalogue.delete_activation(activation.id)
+        for volume_id in served - whole:
+            self._take_down_file(volume_id)
+        self._restore_links(whole)
+        return lost
+
+    def _take_down_file(self, volume_id: VolumeId) -> None:
+        if self._served is None:
+            return
+        for device in loop.find(self._served.path(volume_id)):
+            with contextlib.suppress(errors.BusyError):
+                loop.detach(device)
+        self._served.remove(volume_id)
+
+    def _restore_links(self, whole: set[VolumeId]) -> None:
+        wanted = {}
+        for volume_id in whole:
+            record = self._catalogue.by_id(volume_id)
+            activation = self._catalogue.activation(volume_id)
+            if record is not None and activation is not None:
+                wanted[record.name] = f"/dev/loop{activation.loop}"
+        present = self._run.device_links(self._pool)
+        for name in present.keys() - wanted.keys():
+            self._run.unlink_device(self._pool, name)
+        for name, node in wanted.items():
+            if present.get(name) != node:
+                self._run.link_device(self._pool, name, node)
+
+    # ---- changes ----------------------------------------------------------------------------
+
+    def renamed(self, old: str, record: Record) -> None:
+        """Let the link follow a new name."""
+        activation = self._catalogue.activation(record.id)
+        if activation is not None and activation.loop is not None:
+            self._run.link_device(self._pool, record.name, f"/dev/loop{activation.loop}")
+            self._run.unlink_device(self._pool, old)
 
     def resized(self, record: Record) -> None:
         """Let the device follow the volume's size."""
@@ -278,25 +297,6 @@ class Devices:
         if activation is not None and activation.loop is not None:
             loop.set_capacity(f"/dev/loop{activation.loop}")
 
-    def clear_links(self) -> None:
-        """Drop every link: at the start of a server that has no predecessor, and at its end."""
-        directory = link_directory(self._root, self._pool)
-        for entry in directory.iterdir():
-            if entry.is_symlink():
-                entry.unlink(missing_ok=True)
-        (directory / _CLAIM).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            directory.rmdir()
-
-
-def _restore_node(path: str) -> None:
-    """As udev makes it: the number serves somebody else next."""
-    import grp  # noqa: PLC0415 - only where a device is taken down
-
-    try:
-        group = grp.getgrnam("disk").gr_gid
-    except KeyError:
-        group = 0
-    with contextlib.suppress(OSError):
-        os.chown(path, 0, group)
-        os.chmod(path, _DEFAULT_MODE)  # noqa: PTH101 - a device node
+    def forget(self) -> None:
+        """Drop what links are left: the server ends."""
+        self._run.forget_pool(self._pool)

@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from thinpool import errors
 from thinpool.engine import SECTOR, Change, ChangeKind, PoolMode
@@ -36,7 +36,7 @@ from thinpool.model import (
     parse_time,
 )
 from thinpool.names import parse_volume_name
-from thinpool.store import poolfile, space
+from thinpool.store import care, poolfile, space
 from thinpool.store.catalogue import (
     BUILDING,
     DELETING,
@@ -59,9 +59,9 @@ if TYPE_CHECKING:
 
     from thinpool import engine
     from thinpool.engine import BlockDevice, PoolBackend
+    from thinpool.host.mountinfo import NamespaceMount
     from thinpool.model import VolumeId
-    from thinpool.store.devices import Exporter
-    from thinpool.store.mappings import Mappings
+    from thinpool.store.devices import Served
     from thinpool.store.poolfile import PoolConfig
 
 logger = logging.getLogger(__name__)
@@ -72,21 +72,31 @@ _BIG_DELETE_BLOCKS: Final = 1 << 17
 _TICK_S: Final = 0.25
 _PUNCH_BLOCKS: Final = 256
 _EXTEND_EVERY_S: Final = 1.0
-_PERCENT_MAX: Final = 100.0
 _DEFAULT_TIMEOUT_S: Final = 30.0
 _HIDDEN: Final = "."
+HELD_KEY: Final = "metadata_snapshot"
 
 
 class Freezer(Protocol):
     """Freezes filesystems through somebody who thaws them whatever happens to us."""
 
-    def frozen(self, paths: Sequence[str]) -> AbstractContextManager[bool]:
-        """Freeze what is mounted at one of these paths while the context lasts.
+    def frozen(
+        self, mounts: Sequence[NamespaceMount]
+    ) -> AbstractContextManager[Callable[[], bool]]:
+        """Freeze the filesystem that has these mounts while the context lasts.
 
         Yields:
-            Whether it is frozen.
+            A function that says whether it has been frozen all the time so far.
         """
         ...
+
+
+def _yes() -> bool:
+    return True
+
+
+def _no() -> bool:
+    return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,8 +145,7 @@ class PoolService:
         pool: the open pool.
         metadata: the device under it, for readers of mappings and for growth.
         data: likewise.
-        exporter: serves volumes as files; None where that cannot be.
-        mount_point: of these files.
+        served: serves volumes as files; None where that cannot be.
         freezer: None where nothing can be frozen.
     """
 
@@ -148,10 +157,8 @@ class PoolService:
         *,
         metadata: BlockDevice,
         data: BlockDevice,
-        exporter: Exporter | None = None,
-        mount_point: Path | None = None,
+        served: Served | None = None,
         freezer: Freezer | None = None,
-        mappings: Mappings | None = None,
     ) -> None:
         """Open the catalogue; start() does the rest."""
         self._root = root
@@ -159,36 +166,34 @@ class PoolService:
         self._pool = pool
         self._metadata = metadata
         self._data = data
+        self._served = served
         self._freezer = freezer
-        self._mappings = mappings
         self._directory = poolfile.pool_directory(root, config.name)
         self._catalogue = Catalogue(self._directory / poolfile.CATALOGUE)
-        self._volumes = OpenVolumes(pool, read_only=config.read_only)
-        self._devices = Devices(root, config.name, self._catalogue, exporter, mount_point)
+        self._volumes = OpenVolumes(pool, served, read_only=config.read_only)
+        self._devices = Devices(root, config.name, self._catalogue, served)
         self._lock = TimedLock(f"pool {config.name}")
         self._locks = VolumeLocks()
         self._stop = threading.Event()
         self._copy_due = threading.Event()
         self._background: threading.Thread | None = None
         self._leases: dict[str, float] = {}
+        self._readers = 0
         self._lease_lock = threading.Lock()
         self.findings: list[Finding] = []
 
     # ---- start and end ----------------------------------------------------------------------
 
-    def start(self, *, first: bool) -> None:
-        """Mend what was left, serve again what was active.
-
-        Args:
-            first: there is no predecessor whose loop devices still stand: what is recorded as
-                active is not any more.
-        """
+    def start(self) -> None:
+        """Mend what was left; what was active is served again already."""
         known = read_copy(copy_path(self._config, self._directory))
         names = known[1] if known is not None and self._is_ours(known[0]) else {}
         self.findings = reconcile(self._catalogue, self._pool, known=names)
         for finding in self.findings:
             logger.warning("reconciled %s: %s", finding.subject, finding.message)
-        self._restore_activations(first=first)
+        self._drop_stale_metadata_snapshot()
+        for name in self._devices.restore():
+            logger.warning("%s is not active any more", name)
         now = time.monotonic()
         with self._lease_lock:
             for record in self._catalogue.records(BUILDING):
@@ -201,29 +206,6 @@ class PoolService:
         """A copy of names belongs to this pool, or to one that was attached under another uuid."""
         return bool(document.get("uuid") == self._config.uuid or self._catalogue.is_new)
 
-    def _restore_activations(self, *, first: bool) -> None:
-        for activation in self._catalogue.activations():
-            record = self._catalogue.by_id(activation.id)
-            standing = not first and self._devices.stands(activation)
-            if record is None or not standing:
-                self._catalogue.delete_activation(activation.id)
-                if record is not None and self._devices_possible:
-                    self._devices.unlink(record.name)
-                continue
-            writer = None if activation.read_only else f"the device of {record.name}"
-            volume = self._volumes.acquire(record, writer=writer)
-            self._devices.restore(record, cast("engine.Volume", volume), activation)
-        if first and self._devices_possible:
-            self._devices.clear_links()
-
-    @property
-    def _devices_possible(self) -> bool:
-        try:
-            self._devices.require()
-        except errors.UnsupportedHostError:
-            return False
-        return True
-
     def close(self) -> None:
         """End the background work and close the catalogue. The pool stays the caller's."""
         self._stop.set()
@@ -231,8 +213,8 @@ class PoolService:
         if self._background is not None:
             self._background.join()
         self._write_copy()
-        if self._devices_possible and not self._catalogue.activations():
-            self._devices.clear_links()
+        if not self._catalogue.activations():
+            self._devices.forget()
         self._volumes.close()
         self._catalogue.close()
 
@@ -333,12 +315,24 @@ class PoolService:
             self._clean_lease(lease)
             with self._lease_lock:
                 self._leases.pop(lease, None)
+        with self._lease_lock:
+            held = set(self._leases)
+        for record in self._catalogue.records(BUILDING):
+            if record.lease not in held:
+                self._clean(record)  # it was in use when its lease ended
 
     def _clean_lease(self, lease: str) -> None:
         for record in self._catalogue.by_lease(lease):
-            with self._locks.hold(record.id, operation="clean-up", timeout=_DEFAULT_TIMEOUT_S):
-                self._deactivate(record)
-                self._delete_now([record], request=None)
+            try:
+                self._clean(record)
+            except errors.BusyError as error:
+                logger.info("%s; it is removed when it is not", error.message)
+
+    def _clean(self, record: Record) -> None:
+        with self._locks.hold(record.id, operation="clean-up", timeout=_DEFAULT_TIMEOUT_S):
+            self._refuse_in_use(record, but_device=True)
+            self._deactivate(record)
+            self._delete_now([record], request=None)
 
     def _check_lease(self, lease: str | None) -> None:
         if lease is None:
@@ -367,7 +361,8 @@ class PoolService:
         records = self._catalogue.records(READY, MISSING)
         mapped = {info.id: info.mapped_blocks for info in self._pool.volumes()}
         mounts = self._devices.all_mounts()
-        alone = self._need_mappings().exclusive(self) if exclusive else {}
+        there = [record.id for record in records if record.state != MISSING]
+        alone = care.exclusive(self, there) if exclusive else {}
         names = {record.id: record.name for record in self._catalogue.records()}
         return [
             self._describe(
@@ -375,7 +370,7 @@ class PoolService:
                 mapped=mapped.get(record.id, 0),
                 names=names,
                 mounts=mounts,
-                exclusive=alone.get(record.id, 0) * self._config.block_size if exclusive else None,
+                exclusive=alone.get(record.id, 0) if exclusive else None,
             )
             for record in records
         ]
@@ -391,13 +386,6 @@ class PoolService:
     def by_label(self, key: str, value: str) -> list[Volume]:
         """Volumes with a label."""
         return [self._volume(record) for record in self._catalogue.by_label(key, value)]
-
-    def _need_mappings(self) -> Mappings:
-        if self._mappings is None:
-            raise errors.UnsupportedHostError(
-                "this engine cannot read mappings", missing="mappings"
-            )
-        return self._mappings
 
     def _find(self, name: str, *, lease: str | None = None) -> Record:
         """A record by name: a ready one, or one that is built under the caller's lease."""
@@ -599,8 +587,8 @@ class PoolService:
                     )
             space.guard(self._config, self._pool.status())
             self._refuse_taken(target)
-            consistency = stack.enter_context(self._quiet(origin))
             stack.enter_context(self._lock.hold(timeout=caller.timeout))
+            consistency, still = stack.enter_context(self._quiet(origin))
             record = self._new_record(
                 target,
                 kind=kind or _kind_of_snapshot(origin, read_only=read_only),
@@ -610,34 +598,43 @@ class PoolService:
                 filesystem=origin.filesystem,
                 labels=labels,
                 lease=lease,
-                consistency=consistency,
+                consistency=consistency if still() else "crash",
             )
             change = Change(kind=ChangeKind.SNAPSHOT, id=record.id, origin=origin.id)
             self._apply("snapshot", [change], insert=[record], request=caller.request)
+            if record.consistency != "crash" and not still():  # thawed before it was done
+                record = self._catalogue.update(record, consistency="crash")
         return self._volume(record)
 
     @contextlib.contextmanager
-    def _quiet(self, origin: Record) -> Iterator[Consistency]:
-        """Bring a volume's users to rest while it is snapshotted, as far as that can be."""
-        device = self._devices.find(origin)
-        if device is None:
-            # A raw writer's acknowledged writes are drained by the pool itself.
-            yield "crash" if self._volumes.writer(origin.id) is not None else "quiescent"
-            return
-        mounts = [mount for mount in self._devices.mounts(device) if not mount.entry.read_only]
-        if not mounts:
-            yield "crash" if self._catalogue_writable(origin) else "quiescent"
-            return
-        if self._freezer is None or self._holds_pool(device):
-            yield "crash"
-            return
-        paths = [mount.reachable_path for mount in mounts]
-        with self._freezer.frozen(paths) as frozen:
-            yield "frozen" if frozen else "crash"
+    def _quiet(self, origin: Record) -> Iterator[tuple[Consistency, Callable[[], bool]]]:
+        """Bring a volume's users to rest while it is snapshotted, as far as that can be.
 
-    def _catalogue_writable(self, origin: Record) -> bool:
+        Yields:
+            How the snapshot is taken, and whether that still holds.
+        """
+        device = self._devices.find(origin)
         activation = self._catalogue.activation(origin.id)
-        return activation is not None and not activation.read_only
+        if device is None or activation is None:
+            # A raw writer's acknowledged writes are drained by the pool itself.
+            writes = self._volumes.writer(origin.id) is not None
+            yield ("crash" if writes else "quiescent"), _yes
+            return
+        if activation.read_only:
+            yield "quiescent", _yes
+            return
+        mounts = self._devices.mounts(device)
+        writable = [mount for mount in mounts if not mount.entry.read_only]
+        if not writable or self._freezer is None or self._holds_pool(device):
+            yield "crash", _yes
+            return
+        with contextlib.ExitStack() as stack:
+            try:
+                still = stack.enter_context(self._freezer.frozen(writable))
+            except (OSError, errors.ThinpoolError) as error:
+                logger.warning("%s could not be frozen: %s", origin.name, error)
+                still = _no
+            yield ("frozen" if still() else "crash"), still
 
     def _holds_pool(self, device: Device) -> bool:
         """Whether the pool's own files lie on a filesystem on this device: never freeze that."""
@@ -732,11 +729,8 @@ class PoolService:
                 for item in items:
                     record = self._find(item.name, lease=lease)
                     self._refuse_taken(item.publish_as)
-                    if item.read_only and self._volumes.users(record.id):
-                        raise errors.BusyError(
-                            f"{item.publish_as} is still in use and cannot be sealed",
-                            holder=self._volumes.writer(record.id),
-                        )
+                    if item.read_only:
+                        self._refuse_in_use(record)
                     records.append(
                         self._catalogue.update(
                             record,
@@ -760,11 +754,7 @@ class PoolService:
         """Make what is being built read-only before it has a name, so that it can be a parent."""
         with self._lock.hold(timeout=caller.timeout):
             record = self._find(name, lease=lease)
-            if self._volumes.users(record.id):
-                raise errors.BusyError(
-                    "it is still in use and cannot be sealed",
-                    holder=self._volumes.writer(record.id),
-                )
+            self._refuse_in_use(record)
             return self._volume(self._catalogue.update(record, read_only=True))
 
     # ---- changing ---------------------------------------------------------------------------
@@ -787,7 +777,7 @@ class PoolService:
                         self._catalogue.put_request(caller.request, "rename", [record.id])
                 self._copy_due.set()
             if self._catalogue.activation(record.id) is not None:
-                self._devices.relink(name, record)
+                self._devices.renamed(name, record)
         return self._volume(record)
 
     def label(
@@ -828,13 +818,19 @@ class PoolService:
                 raise errors.ReadOnlyError(f"{name} is read-only", name=name)
             if size < record.size:
                 self._shrink(record, size, device_only=device_only)
-            handle = self._volumes.find(record.id)
-            if handle is not None:
-                handle.resize(size)
+            self._resize_open(record, size)
             record = self._catalogue.update(record, size=size)
             self._devices.resized(record)
             self._copy_due.set()
         return self._volume(record)
+
+    def _resize_open(self, record: Record, size: int) -> None:
+        if self._catalogue.activation(record.id) is not None and self._served is not None:
+            self._served.resize(record.id, size)
+            return
+        handle = self._volumes.find(record.id)
+        if handle is not None:
+            handle.resize(size)
 
     def _shrink(self, record: Record, size: int, *, device_only: bool) -> None:
         if record.filesystem is not None and not device_only:
@@ -845,11 +841,7 @@ class PoolService:
                 value=size,
                 smallest=record.size,
             )
-        if self._volumes.users(record.id):
-            raise errors.BusyError(
-                f"{record.name} is in use and cannot be made smaller",
-                holder=self._volumes.writer(record.id),
-            )
+        self._refuse_in_use(record)
         # Unmapped first: growing it again must not show what was there.
         with self._volumes.using(record, writer="resize") as volume:
             volume.zero(size, record.size - size)
@@ -906,7 +898,7 @@ class PoolService:
             return Removal(removed=(), freed=0, dry_run=False)
         records = [self._find(name) for name in dict.fromkeys(names)]
         if dry_run:
-            freed = self._need_mappings().freed(self, [record.id for record in records])
+            freed = care.freed(self, [record.id for record in records if record.state != MISSING])
             return Removal(
                 removed=tuple(self._volume(record) for record in records),
                 freed=freed,
@@ -916,7 +908,7 @@ class PoolService:
         with self._locks.hold(*ids, operation="remove", timeout=caller.timeout):
             records = [self._find(name) for name in dict.fromkeys(names)]
             for record in records:
-                self._refuse_in_use(record, deactivate=deactivate)
+                self._refuse_in_use(record, but_device=deactivate)
             if deactivate:
                 for record in records:
                     self._deactivate(record)
@@ -928,18 +920,17 @@ class PoolService:
         freed = max(before - after, 0) * self._config.block_size
         return Removal(removed=volumes, freed=freed, dry_run=False)
 
-    def _refuse_in_use(self, record: Record, *, deactivate: bool) -> None:
+    def _refuse_in_use(self, record: Record, *, but_device: bool = False) -> None:
+        """Raise BusyError for what is active or open; what is only active passes but_device."""
         device = self._devices.find(record)
-        if device is not None and not deactivate:
+        if device is not None and not but_device:
             mounts = self._devices.mounts(device)
             where = mounts[0].describe() if mounts else f"active as {device.path}"
             raise errors.BusyError(
-                f"{record.name} is {where}: deactivate it first, or use --deactivate",
-                holder=where,
-                name=record.name,
+                f"{record.name} is {where}: deactivate it first", holder=where, name=record.name
             )
-        users = self._volumes.users(record.id) - (1 if device is not None else 0)
-        if users > 0:
+        users = self._volumes.users(record.id)
+        if users:
             raise errors.BusyError(
                 f"{record.name} is open: {users} raw readers or writers use it",
                 holder=self._volumes.writer(record.id),
@@ -1021,21 +1012,10 @@ class PoolService:
             existing = self._catalogue.activation(record.id)
             if existing is not None:
                 return self._already_active(record, read_only=read_only)
-            self._devices.require()
-            writer = None if read_only else f"the device of {name}"
-            volume = self._volumes.acquire(record, writer=writer)
-            try:
-                device = self._devices.attach(
-                    record,
-                    cast("engine.Volume", volume),
-                    read_only=read_only,
-                    by_mount=by_mount,
-                    owner=owner,
-                    mode=mode,
-                )
-            except BaseException:
-                self._volumes.release(record.id, writer=writer)
-                raise
+            self._refuse_in_use(record)
+            device = self._devices.attach(
+                record, read_only=read_only, by_mount=by_mount, owner=owner, mode=mode
+            )
         return self._activation(record, device, already=False)
 
     def _already_active(self, record: Record, *, read_only: bool) -> Activation:
@@ -1090,9 +1070,8 @@ class PoolService:
         activation = self._catalogue.activation(record.id)
         if activation is None:
             return
+        self._refuse_in_use(record, but_device=True)
         self._devices.detach(record)
-        writer = None if activation.read_only else f"the device of {record.name}"
-        self._volumes.release(record.id, writer=writer)
 
     # ---- raw --------------------------------------------------------------------------------
 
@@ -1132,15 +1111,36 @@ class PoolService:
             pool for as long.
         """
         with self._lock.hold(timeout=timeout):
-            if len(self._volumes) == 0:
+            if len(self._volumes) == 0 and not self._catalogue.activations():
                 self._pool.commit()
                 yield False
                 return
-            self._pool.reserve_metadata_snapshot()
+            self._hold_metadata_snapshot()
         try:
             yield True
         finally:
-            self._pool.release_metadata_snapshot()
+            self._release_metadata_snapshot()
+
+    def _hold_metadata_snapshot(self) -> None:
+        """Shared by all who read at the same time; call with the pool's lock held."""
+        if self._readers == 0:
+            self._catalogue.put(HELD_KEY, "1")
+            self._pool.reserve_metadata_snapshot()
+        self._readers += 1
+
+    def _release_metadata_snapshot(self) -> None:
+        with self._lock.hold(timeout=_DEFAULT_TIMEOUT_S):
+            self._readers -= 1
+            if self._readers == 0:
+                self._pool.release_metadata_snapshot()
+                self._catalogue.put(HELD_KEY, "0")
+
+    def _drop_stale_metadata_snapshot(self) -> None:
+        """One that a reader of ours held when its server died; never somebody else's."""
+        if self._catalogue.get(HELD_KEY) == "1":
+            with contextlib.suppress(errors.NotFoundError):
+                self._pool.release_metadata_snapshot()
+            self._catalogue.put(HELD_KEY, "0")
 
     def ids(self, *names: str) -> list[VolumeId]:
         """The ids of volumes that are there."""
@@ -1152,13 +1152,9 @@ class PoolService:
         return self._metadata
 
     @property
-    def mappings(self) -> Mappings:
-        """The readers of mappings.
-
-        Raises:
-            UnsupportedHostError: this engine has none.
-        """
-        return self._need_mappings()
+    def data_blocks(self) -> int:
+        """How many the pool has."""
+        return self._pool.status().data_blocks_total
 
     # ---- care -------------------------------------------------------------------------------
 
@@ -1200,46 +1196,3 @@ def _kind_of_snapshot(origin: Record, *, read_only: bool) -> Kind:
     if read_only:
         return "image"
     return "volume" if origin.kind == "volume" else "container"
-
-
-def parse_settings(settings: Mapping[str, str], *, sizes: Callable[[str], int]) -> dict[str, Any]:
-    """KEY=VALUE settings as fields of PoolConfig.
-
-    Args:
-        settings: by key.
-        sizes: reads a size.
-
-    Raises:
-        UsageError: an unknown key, or a value that cannot be.
-    """
-    values: dict[str, Any] = {}
-    for key, text in settings.items():
-        match key:
-            case "when-full":
-                if text not in {"queue", "error"}:
-                    raise errors.UsageError(
-                        f"when-full is queue or error, not {text}", what=key, value=text
-                    )
-                values["when_full"] = text
-            case "min-free" | "autoextend-threshold" | "autoextend-percent":
-                values[key.replace("-", "_")] = _percent(key, text)
-            case "low-water":
-                values["low_water"] = sizes(text)
-            case _:
-                raise errors.UsageError(
-                    f"there is no setting {key}: when-full, min-free, low-water, "
-                    "autoextend-threshold, autoextend-percent",
-                    what="setting",
-                    value=key,
-                )
-    return values
-
-
-def _percent(key: str, text: str) -> float:
-    try:
-        value = float(text.removesuffix("%"))
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= _PERCENT_MAX:
-        raise errors.UsageError(f"{key} is a percent, 0 to 100, not {text}", what=key, value=text)
-    return value

@@ -1,7 +1,7 @@
-"""The volumes that a server has open, shared by everything in it that uses them.
+"""The volumes that a server has open for raw I/O, shared by everything in it that uses them.
 
-The engine opens a volume once. A block device, raw readers and a raw writer share that one handle;
-who may write beside whom is decided here.
+The engine opens a volume once. Raw readers and one raw writer share that one handle; readers of an
+active volume share the one that is served as a file, which has its own writer: the device.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from thinpool.engine import PoolBackend, VolumeIO
     from thinpool.model import VolumeId
     from thinpool.store.catalogue import Record
+    from thinpool.store.devices import Served
 
 
 @dataclass(slots=True)
 class _Shared:
     volume: VolumeIO
+    owned: bool
     users: int = 0
     writer: str | None = None
 
@@ -31,9 +33,10 @@ class _Shared:
 class OpenVolumes:
     """The open volumes of one pool. Thread-safe."""
 
-    def __init__(self, pool: PoolBackend, *, read_only: bool) -> None:
+    def __init__(self, pool: PoolBackend, served: Served | None, *, read_only: bool) -> None:
         """None is open."""
         self._pool = pool
+        self._served = served
         self._read_only = read_only
         self._lock = threading.Lock()
         self._open: dict[VolumeId, _Shared] = {}
@@ -57,8 +60,7 @@ class OpenVolumes:
         with self._lock:
             shared = self._open.get(record.id)
             if shared is None:
-                volume = self._pool.open_volume(record.id, size=record.size, read_only=sealed)
-                shared = self._open[record.id] = _Shared(volume=volume)
+                shared = self._open[record.id] = self._open_one(record, sealed=sealed)
             elif writer is not None and shared.writer is not None:
                 raise errors.BusyError(
                     f"{record.name} is in use by {shared.writer}", holder=shared.writer
@@ -67,6 +69,13 @@ class OpenVolumes:
             if writer is not None:
                 shared.writer = writer
             return shared.volume
+
+    def _open_one(self, record: Record, *, sealed: bool) -> _Shared:
+        active = self._served.volume(record.id) if self._served is not None else None
+        if active is not None:
+            return _Shared(volume=active, owned=False)
+        volume = self._pool.open_volume(record.id, size=record.size, read_only=sealed)
+        return _Shared(volume=volume, owned=True)
 
     def release(self, volume_id: VolumeId, *, writer: str | None) -> None:
         """Undo acquire."""
@@ -77,7 +86,8 @@ class OpenVolumes:
                 shared.writer = None
             if shared.users == 0:
                 del self._open[volume_id]
-                shared.volume.close()
+                if shared.owned:
+                    shared.volume.close()
 
     @contextmanager
     def using(self, record: Record, *, writer: str | None = None) -> Iterator[VolumeIO]:
@@ -115,5 +125,6 @@ class OpenVolumes:
         """Close all of them, users or not: the server ends."""
         with self._lock:
             for shared in self._open.values():
-                shared.volume.close()
+                if shared.owned:
+                    shared.volume.close()
             self._open.clear()

@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, BinaryIO, Final
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, Final
+
+from thinpool import errors
+from thinpool.names import parse_ref
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from thinpool.api.session import Session
     from thinpool.model import (
         Activation,
         CheckReport,
@@ -32,7 +36,7 @@ if TYPE_CHECKING:
         Trim,
         Volume,
     )
-    from thinpool.server.client import VolumeHandle
+    from thinpool.server.raw import VolumeHandle
 
 GIB: Final = 1 << 30
 DEFAULT_TIMEOUT_S: Final = 30.0
@@ -66,6 +70,20 @@ class Thinpool:
         """Nothing is opened or made yet."""
         self.root: Final = Path(root) if root is not None else default_root()
         self.timeout: Final = timeout
+        self._session_made: Session | None = None
+
+    @property
+    def _session(self) -> Session:
+        """Made when first needed: what only names things imports nothing of it."""
+        if self._session_made is None:
+            from thinpool.api.session import Session
+
+            self._session_made = Session(self.root, timeout=self.timeout)
+        return self._session_made
+
+    def _call(self, volume: str, operation: str, **arguments: Any) -> Any:  # noqa: ANN401 - JSON
+        client, ref = self._session.of(volume)
+        return client.call(operation, {"name": ref.name, **arguments})
 
     # ---- pools ----------------------------------------------------------------------------
 
@@ -117,7 +135,26 @@ class Thinpool:
             BusyError: a file or device is in use.
             NotThereYetError: the dm engine.
         """
-        raise NotImplementedError
+        from thinpool.api import pools
+
+        plan = pools.PoolPlan(
+            name=pool,
+            size=size,
+            metadata_size=metadata_size,
+            data=Path(data) if data is not None else None,
+            metadata=Path(metadata) if metadata is not None else None,
+            block_size=block_size,
+            engine=engine,
+            base_size=base_size,
+            base_fs=base_fs,
+            mkfs_options=tuple(mkfs_options),
+            zero=zero,
+            when_full=when_full,
+            min_free=min_free,
+            force=force,
+            progress=progress,
+        )
+        return pools.create_pool(self._session, plan)
 
     def attach_pool(
         self,
@@ -135,7 +172,16 @@ class Thinpool:
             BusyError: the pool is in use.
             CorruptMetadataError: it does not check.
         """
-        raise NotImplementedError
+        from thinpool.api import pools
+
+        return pools.attach_pool(
+            self._session,
+            pool,
+            data=Path(data),
+            metadata=Path(metadata),
+            engine=engine,
+            read_only=read_only,
+        )
 
     def detach_pool(self, pool: str) -> None:
         """Forget a pool and touch none of its bytes.
@@ -143,15 +189,21 @@ class Thinpool:
         Raises:
             BusyError: something is active in it.
         """
-        raise NotImplementedError
+        from thinpool.api import pools
+
+        pools.detach_pool(self._session, pool)
 
     def pools(self) -> list[PoolStatus]:
         """Every pool under the root; one that cannot be opened has mode ``fail`` and ``error``."""
-        raise NotImplementedError
+        from thinpool.api import pools
+
+        return pools.pools(self._session)
 
     def status(self, pool: str) -> PoolStatus:
         """A pool's state."""
-        raise NotImplementedError
+        from thinpool.model import PoolStatus
+
+        return PoolStatus.from_json(self._session.client(pool).call("status"))
 
     def set(self, pool: str, settings: Mapping[str, str]) -> PoolStatus:
         """Change settings, all or none.
@@ -165,7 +217,10 @@ class Thinpool:
         Raises:
             UsageError: an unknown key, or a value that cannot be.
         """
-        raise NotImplementedError
+        from thinpool.api import settings as known
+
+        values = known.parse_settings(settings, total=lambda: self.status(pool).data.total)
+        return _pool_status(self._session.client(pool).call("configure", {"values": values}))
 
     def extend_pool(
         self, pool: str, *, data_size: int | None = None, metadata_size: int | None = None
@@ -175,7 +230,8 @@ class Thinpool:
         Raises:
             UsageError: smaller than it is.
         """
-        raise NotImplementedError
+        arguments = {"data_size": data_size, "metadata_size": metadata_size}
+        return _pool_status(self._session.client(pool).call("extend", arguments))
 
     def remove_pool(self, pool: str) -> None:
         """Remove a pool: its names, and its files where they are under the root.
@@ -185,7 +241,9 @@ class Thinpool:
         Raises:
             BusyError: something is active in it.
         """
-        raise NotImplementedError
+        from thinpool.api import pools
+
+        pools.remove_pool(self._session, pool)
 
     # ---- volumes --------------------------------------------------------------------------
 
@@ -204,7 +262,16 @@ class Thinpool:
             AlreadyExistsError: ``existing`` is the volume that has the name.
             NoSpaceError: less than min-free is left.
         """
-        raise NotImplementedError
+        from thinpool.api import volumes
+
+        return volumes.create(
+            self._session,
+            volume,
+            size=size,
+            fs=fs,
+            mkfs_options=mkfs_options,
+            labels=labels or {},
+        )
 
     def snapshot(
         self,
@@ -231,13 +298,22 @@ class Thinpool:
         Returns:
             The snapshot. Its ``consistency`` says how it was taken.
         """
-        raise NotImplementedError
+        from thinpool.api import volumes
+
+        made = volumes.snapshot(
+            self._session, source, target, read_only=read_only, size=size, labels=labels or {}
+        )
+        if mount is not None:
+            return self.mount(target, mount).volume
+        if activate:
+            return self.activate(target).volume
+        return made
 
     def commit(
         self, container: str, image: str, *, labels: Mapping[str, str] | None = None
     ) -> Volume:
         """Make a read-only snapshot of a container, as an image."""
-        raise NotImplementedError
+        return self.snapshot(container, image, read_only=True, labels=labels)
 
     def import_image(
         self,
@@ -265,7 +341,18 @@ class Thinpool:
             ArchiveError: cut short, a wrong digest, or a member that tries to escape.
             AlreadyExistsError: the name is taken by something else.
         """
-        raise NotImplementedError
+        from thinpool.api import images
+
+        return images.import_image(
+            self._session,
+            image,
+            source,
+            parent=parent,
+            size=size,
+            ref=ref,
+            platform=platform,
+            progress=progress,
+        )
 
     def activate(
         self,
@@ -283,7 +370,14 @@ class Thinpool:
             UnsupportedHostError: no FUSE or no loop devices here.
             NotThereYetError: persist.
         """
-        raise NotImplementedError
+        from thinpool.api import volumes
+
+        if persist:
+            raise errors.NotThereYetError(
+                "--persist comes with a later version", what="activate --persist"
+            )
+        client, ref = self._session.of(volume)
+        return volumes.activate(client, ref.name, read_only=read_only, owner=owner, mode=mode)
 
     def deactivate(self, volume: str) -> Volume:
         """Take the block device down; fine when there is none.
@@ -291,7 +385,7 @@ class Thinpool:
         Raises:
             BusyError: it is mounted or open.
         """
-        raise NotImplementedError
+        return _volume(self._call(volume, "deactivate"))
 
     def mount(
         self,
@@ -302,11 +396,19 @@ class Thinpool:
         options: Iterable[str] = (),
     ) -> Mounted:
         """Activate a volume and mount its filesystem, nodev and nosuid unless the options ask."""
-        raise NotImplementedError
+        from thinpool.api import volumes
+
+        return volumes.mount(
+            self._session, volume, Path(directory), read_only=read_only, options=options
+        )
 
     def umount(self, volume: str, directory: Path | str | None = None) -> Volume:
         """Unmount it (everywhere, or there), and deactivate what mount had activated."""
-        raise NotImplementedError
+        from thinpool.api import volumes
+
+        return volumes.umount(
+            self._session, volume, Path(directory) if directory is not None else None
+        )
 
     def list(self, pool: str | None = None, *, exclusive: bool = False) -> list[Volume]:
         """What a pool holds, or every pool.
@@ -315,7 +417,14 @@ class Thinpool:
             pool: its name.
             exclusive: fill in ``exclusive``, which reads the mappings.
         """
-        raise NotImplementedError
+        from thinpool.store import poolfile
+
+        names = [pool] if pool is not None else poolfile.list_pools(self.root)
+        return [
+            _volume(each)
+            for name in names
+            for each in self._session.client(name).call("list", {"exclusive": exclusive})
+        ]
 
     def remove(
         self, volumes: Sequence[str], *, deactivate: bool = False, dry_run: bool = False
@@ -331,11 +440,22 @@ class Thinpool:
             BusyError: one of them is active.
             NotFoundError: one of them does not exist.
         """
-        raise NotImplementedError
+        from thinpool.api import volumes as volume_operations
+
+        return volume_operations.remove(
+            self._session, volumes, deactivate=deactivate, dry_run=dry_run
+        )
 
     def rename(self, volume: str, name: str) -> Volume:
         """Give it another name, ``NAME`` or ``POOL/NAME``; an active one's device path follows."""
-        raise NotImplementedError
+        if "/" in name:
+            new = parse_ref(name)
+            if new.pool != parse_ref(volume).pool:
+                raise errors.UsageError(
+                    f"{volume} stays in its pool: {name} is in another", what="name", value=name
+                )
+            name = new.name
+        return _volume(self._call(volume, "rename", new=name))
 
     def resize(self, volume: str, size: int, *, device_only: bool = False) -> Volume:
         """Set a volume's size; its filesystem grows with it unless ``device_only``.
@@ -344,21 +464,30 @@ class Thinpool:
             UsageError: smaller than its filesystem, or not a multiple of 512.
             ReadOnlyError: it is sealed.
         """
-        raise NotImplementedError
+        from thinpool.api import volumes
+
+        return volumes.resize(self._session, volume, size, device_only=device_only)
 
     def trim(self, volume: str) -> Trim:
         """Give back the blocks that its filesystem does not use."""
-        raise NotImplementedError
+        from thinpool.api import volumes
+
+        return volumes.trim(self._session, volume)
 
     def diff(
         self, first: str, second: str, *, progress: Callable[[Progress], None] | None = None
     ) -> Sequence[FileChange]:
         """Which files differ, from the first to the second."""
-        raise NotImplementedError
+        from thinpool.api import images
+
+        return images.diff(self._session, first, second, progress=progress)
 
     def delta(self, first: str, second: str) -> Delta:
         """Where two volumes do not share their blocks."""
-        raise NotImplementedError
+        from thinpool.model import Delta
+
+        client, _, names = self._session.of_all([first, second])
+        return Delta.from_json(client.call("delta", {"left": names[0], "right": names[1]}))
 
     def export(
         self,
@@ -376,7 +505,9 @@ class Thinpool:
             raw: the device; sparse where the output can be.
             progress: told how far it is.
         """
-        raise NotImplementedError
+        from thinpool.api import images
+
+        return images.export(self._session, volume, output, raw=raw, progress=progress)
 
     # ---- care -----------------------------------------------------------------------------
 
@@ -388,7 +519,10 @@ class Thinpool:
         progress: Callable[[Progress], None] | None = None,
     ) -> CheckReport:
         """Check a pool, live through a metadata snapshot, or a bare metadata device. Reads only."""
-        raise NotImplementedError
+        from thinpool.api import care
+
+        path = Path(metadata) if metadata is not None else None
+        return care.check(self._session, pool, metadata=path, progress=progress)
 
     def dump(
         self,
@@ -398,11 +532,16 @@ class Thinpool:
         metadata: Path | str | None = None,
     ) -> None:
         """Write a pool's metadata as thin-provisioning-tools' XML to a stream (standard output)."""
-        raise NotImplementedError
+        from thinpool.api import care
+
+        path = Path(metadata) if metadata is not None else None
+        care.dump(self._session, pool, output, metadata=path)
 
     def doctor(self, pool: str | None = None) -> DoctorReport:
         """What this host can do, and what is wrong with a pool (or all) and what mends it."""
-        raise NotImplementedError
+        from thinpool.api import care
+
+        return care.doctor(self._session, pool)
 
     # ---- raw ------------------------------------------------------------------------------
 
@@ -416,4 +555,17 @@ class Thinpool:
             BusyError: writable, and it is active or open for writing elsewhere.
             ReadOnlyError: writable, and it is sealed.
         """
-        raise NotImplementedError
+        client, ref = self._session.of(volume)
+        return client.open(ref.name, writable=writable)
+
+
+def _volume(answer: Any) -> Volume:  # noqa: ANN401 - JSON
+    from thinpool.model import Volume
+
+    return Volume.from_json(answer)
+
+
+def _pool_status(answer: Any) -> PoolStatus:  # noqa: ANN401 - JSON
+    from thinpool.model import PoolStatus
+
+    return PoolStatus.from_json(answer)

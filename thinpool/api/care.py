@@ -1,0 +1,134 @@
+"""Looking after pools: check, dump, doctor; also of those that cannot be opened."""
+
+from __future__ import annotations
+
+import sys
+from typing import IO, TYPE_CHECKING
+
+from thinpool import errors
+from thinpool.host import capabilities
+from thinpool.model import CheckReport, DoctorReport, Finding, Progress
+from thinpool.store import poolfile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from thinpool.api.session import Session
+
+_UNOPENABLE = (
+    errors.CorruptMetadataError,
+    errors.NeedsCheckError,
+    errors.PoolFailedError,
+    errors.StorageIOError,
+)
+"""What keeps a server from opening a pool; its metadata is then read here."""
+
+
+def check(
+    session: Session,
+    pool: str | None,
+    *,
+    metadata: Path | None,
+    progress: Callable[[Progress], None] | None,
+) -> CheckReport:
+    """Check a pool or a bare metadata device."""
+    if (pool is None) == (metadata is None):
+        raise errors.UsageError("check takes a pool or --metadata, one of them", what="pool")
+    if pool is None:
+        return _check_file(str(metadata), None, progress)
+    client = session.client(pool)
+    try:
+        answer = client.stream("check", progress=_reader(progress))
+    except _UNOPENABLE:
+        return _check_file(client.config().metadata, pool, progress)
+    return CheckReport.from_json(answer)
+
+
+def _reader(
+    progress: Callable[[Progress], None] | None,
+) -> Callable[[dict[str, object]], None] | None:
+    if progress is None:
+        return None
+    return lambda document: progress(Progress.from_json(document))
+
+
+def _check_file(
+    path: str, pool: str | None, progress: Callable[[Progress], None] | None
+) -> CheckReport:
+    from thinpool.check import check_metadata  # noqa: PLC0415 - the C core, only here
+
+    def tell(done: int, total: int) -> None:
+        if progress is not None:
+            progress(
+                Progress(operation="check", step="metadata", done=done, total=total, unit="blocks")
+            )
+
+    return check_metadata(path, pool=pool, progress=tell)
+
+
+def dump(
+    session: Session, pool: str | None, output: IO[bytes] | None, *, metadata: Path | None
+) -> None:
+    """Write metadata as XML."""
+    if (pool is None) == (metadata is None):
+        raise errors.UsageError("dump takes a pool or --metadata, one of them", what="pool")
+    stream: IO[bytes] = output if output is not None else sys.stdout.buffer
+    if pool is not None:
+        session.client(pool).stream("dump", progress=None, chunk=lambda data: _write(stream, data))
+    else:
+        from thinpool.check import dump_metadata  # noqa: PLC0415 - the C core, only here
+
+        for text in dump_metadata(str(metadata)):
+            stream.write(text.encode())
+    stream.flush()
+
+
+def _write(stream: IO[bytes], data: bytes) -> None:
+    stream.write(data)
+
+
+def doctor(session: Session, pool: str | None) -> DoctorReport:
+    """What this host can do, and what is wrong with pools."""
+    names = [pool] if pool is not None else poolfile.list_pools(session.root)
+    if pool is not None:
+        poolfile.read_config(session.root, pool)
+    return DoctorReport(
+        host=host_findings(), pools={name: _pool_findings(session, name) for name in names}
+    )
+
+
+def _pool_findings(session: Session, name: str) -> tuple[Finding, ...]:
+    try:
+        found = session.client(name).call("doctor")
+    except errors.ThinpoolError as error:
+        return (
+            Finding(
+                subject=name, state="wrong", message=error.message, remedy=_remedy(name, error)
+            ),
+        )
+    findings = tuple(Finding.from_json(each) for each in found)
+    return findings or (Finding(subject=name, state="ok", message="pool and names agree"),)
+
+
+def _remedy(name: str, error: errors.ThinpoolError) -> str | None:
+    if isinstance(error, (errors.CorruptMetadataError, errors.NeedsCheckError)):
+        return f"thinpool check {name}"
+    if isinstance(error, errors.NotFoundError):
+        return f"thinpool detach-pool {name}"
+    return None
+
+
+def host_findings() -> tuple[Finding, ...]:
+    """What this host can do, a finding each."""
+    found = []
+    for name, probe in capabilities.PROBES.items():
+        reason = probe()
+        found.append(
+            Finding(
+                subject=name,
+                state="ok" if reason is None else "missing",
+                message=reason or "is there",
+            )
+        )
+    return tuple(found)
