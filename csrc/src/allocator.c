@@ -14,7 +14,10 @@
  *  1. free and pending are disjoint, and hold nothing at or past nr_blocks;
  *  2. nr_free and nr_pending are their sizes;
  *  3. whole has exactly the words of free that are all ones;
- *  4. a block leaves pending only in tp_allocator_commit.
+ *  4. a block leaves pending only in tp_allocator_commit;
+ *  5. window is 0, or the free blocks from the cursor on in the word of the block before the
+ *     cursor, which is used. Single blocks are taken from it: while it holds another one, no
+ *     summary changes. Whatever else changes free sets it to 0.
  */
 #include "thinpool/abi.h"
 #include "thinpool/error.h"
@@ -28,8 +31,10 @@
 #define RUN_FAR_MAX  8  /* stretches with a whole word looked at anywhere */
 
 struct tp_allocator {
+	uint64_t window;
+	uint64_t window_begin; /* the block of its bit 0 */
+	uint64_t cursor;       /* <= nr_bits of free */
 	struct bit_tree free;
-	uint64_t cursor; /* <= nr_bits of free */
 	uint64_t nr_free;
 	struct bit_tree whole;
 	struct bit_tree pending;
@@ -78,6 +83,7 @@ static void make_free(struct tp_allocator *allocator, uint64_t begin, uint64_t e
 	for (uint64_t at = begin; at < end; at = next_word_begin(at))
 		free_bits_set(allocator, at / BIT_TREE_WORD, part_mask(at, end));
 	allocator->nr_free += end - begin;
+	allocator->window = 0;
 }
 
 static void make_used(struct tp_allocator *allocator, uint64_t begin, uint64_t end)
@@ -86,6 +92,7 @@ static void make_used(struct tp_allocator *allocator, uint64_t begin, uint64_t e
 		free_bits_clear(allocator, at / BIT_TREE_WORD, part_mask(at, end));
 	TP_ASSERT(allocator->nr_free >= end - begin);
 	allocator->nr_free -= end - begin;
+	allocator->window = 0;
 }
 
 static int all_free(const struct tp_allocator *allocator, uint64_t begin, uint64_t end)
@@ -203,17 +210,40 @@ static uint64_t next_free_from(const struct tp_allocator *allocator, uint64_t fr
 	return block;
 }
 
+/* Out of line, so that the common case saves no registers for it. */
+static __attribute__((noinline)) uint64_t alloc_slowly(struct tp_allocator *allocator)
+{
+	uint64_t block;
+	uint64_t word;
+	uint64_t bits;
+
+	if (allocator->window)
+		block = allocator->window_begin + (uint64_t)__builtin_ctzll(allocator->window);
+	else
+		block = next_free_from(allocator, allocator->cursor);
+	word = block / BIT_TREE_WORD;
+	bits = allocator->free.level[0][word] & ALL_ONES << block % BIT_TREE_WORD;
+	free_bits_clear(allocator, word, UINT64_C(1) << block % BIT_TREE_WORD);
+	allocator->window = bits & (bits - 1);
+	allocator->window_begin = word * BIT_TREE_WORD;
+	allocator->nr_free--;
+	allocator->cursor = block + 1;
+	return block;
+}
+
 static inline uint64_t alloc_one(struct tp_allocator *allocator)
 {
-	uint64_t block = allocator->cursor;
-	uint64_t word =
-		allocator->free.level[0][block / BIT_TREE_WORD] & ALL_ONES << block % BIT_TREE_WORD;
+	uint64_t window = allocator->window;
+	uint64_t rest = window & (window - 1);
+	uint64_t block;
 
-	if (word)
-		block = block / BIT_TREE_WORD * BIT_TREE_WORD + (uint64_t)__builtin_ctzll(word);
-	else
-		block = next_free_from(allocator, block);
-	free_bits_clear(allocator, block / BIT_TREE_WORD, UINT64_C(1) << block % BIT_TREE_WORD);
+	/* The last of a word changes the summaries. */
+	if (!rest)
+		return alloc_slowly(allocator);
+	block = allocator->window_begin + (uint64_t)__builtin_ctzll(window);
+	allocator->window = rest;
+	/* Not whole: a block before this one is used, or there was no window. */
+	allocator->free.level[0][block / BIT_TREE_WORD] ^= window ^ rest;
 	allocator->nr_free--;
 	allocator->cursor = block + 1;
 	return block;
@@ -407,6 +437,7 @@ void tp_allocator_commit(struct tp_allocator *allocator)
 		bit_tree_clear_word_bits(pending, word, bits);
 		block = bit_tree_next(pending, block);
 	}
+	allocator->window = 0;
 	allocator->nr_free += allocator->nr_pending;
 	allocator->nr_pending = 0;
 }
