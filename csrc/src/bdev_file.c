@@ -9,7 +9,8 @@
  *  - size is a multiple of io_align: a tail of the file that O_DIRECT cannot reach is not shown;
  *  - flush_errno, once set, stays: the kernel reports a lost write once and then forgets it.
  *
- * Thread-safety: positioned I/O on one descriptor; size and flush_errno are atomics.
+ * Thread-safety: positioned I/O on one descriptor; size and flush_errno are atomics. Resizes exclude
+ * each other and a flush that believes the file truncated, which looks again under the lock.
  */
 #include "thinpool/bdev.h"
 #include "thinpool/error.h"
@@ -19,6 +20,7 @@
 #include <inttypes.h>
 #include <linux/falloc.h>
 #include <linux/fs.h>
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -38,6 +40,7 @@
 
 struct file_bdev {
 	struct tp_bdev bdev;
+	pthread_mutex_t resize_lock;
 	_Atomic uint64_t size;
 	_Atomic int flush_errno;
 	int is_block_device;
@@ -210,16 +213,11 @@ static int flush_failed(struct file_bdev *file, int host_errno, struct tp_error 
 	return tp_fail_errno(err, TP_E_IO, host_errno, "flush of %s", file->name);
 }
 
-/*
- * What a completed flush promises is that the data can be found again. A file that lost its last
- * name cannot, and one that was cut shorter under us has lost some; fdatasync would say all is well.
- */
-static int still_there(struct file_bdev *file, struct tp_error *err)
+static int check_length(struct file_bdev *file, struct tp_error *err)
 {
+	uint64_t size = atomic_load(&file->size);
 	struct stat st;
 
-	if (file->is_block_device)
-		return 0;
 	if (fstat(file->bdev.fd, &st))
 		return flush_failed(file, errno, err);
 	if (file->was_linked && !st.st_nlink) {
@@ -227,14 +225,30 @@ static int still_there(struct file_bdev *file, struct tp_error *err)
 		return tp_fail_errno(err, TP_E_IO, ENOENT,
 				     "flush of %s: the file was removed or replaced", file->name);
 	}
-	if ((uint64_t)st.st_size < atomic_load(&file->size)) {
+	if ((uint64_t)st.st_size >= size)
+		return 0;
+	return tp_fail_block(err, TP_E_IO, TP_NO_BLOCK, (uint64_t)st.st_size, size,
+			     "flush of %s: the file was truncated to %jd bytes, it had %" PRIu64,
+			     file->name, (intmax_t)st.st_size, size);
+}
+
+/*
+ * What a completed flush promises is that the data can be found again. A file that lost its last
+ * name cannot, and one that was cut shorter under us has lost some; fdatasync would say all is well.
+ */
+static int still_there(struct file_bdev *file, struct tp_error *err)
+{
+	int status;
+
+	if (file->is_block_device || !check_length(file, NULL))
+		return 0;
+	/* Size and length are two reads, and a resize of our own may have come between. */
+	pthread_mutex_lock(&file->resize_lock);
+	status = check_length(file, err);
+	if (status && !atomic_load(&file->flush_errno))
 		atomic_store(&file->flush_errno, EIO);
-		return tp_fail_block(
-			err, TP_E_IO, TP_NO_BLOCK, (uint64_t)st.st_size, atomic_load(&file->size),
-			"flush of %s: the file was truncated to %jd bytes, it had %" PRIu64,
-			file->name, (intmax_t)st.st_size, atomic_load(&file->size));
-	}
-	return 0;
+	pthread_mutex_unlock(&file->resize_lock);
+	return status;
 }
 
 static int file_flush(struct tp_bdev *bdev, struct tp_error *err)
@@ -378,17 +392,16 @@ static int set_length(struct file_bdev *file, uint64_t size, struct tp_error *er
 	return 0;
 }
 
-static int file_resize(struct tp_bdev *bdev, uint64_t size, struct tp_error *err)
+static int resize_locked(struct file_bdev *file, uint64_t size, struct tp_error *err)
 {
-	struct file_bdev *file = as_file(bdev);
 	uint64_t old = atomic_load(&file->size);
 	uint64_t present;
-	int status = present_size(bdev->fd, file->name, &present, err);
+	int status = present_size(file->bdev.fd, file->name, &present, err);
 
 	if (status)
 		return status;
 	if (!size) {
-		size = present & ~(uint64_t)(bdev->io_align - 1);
+		size = present & ~(uint64_t)(file->bdev.io_align - 1);
 	} else if (file->is_block_device) {
 		if (size > present)
 			return tp_fail_block(err, TP_E_OUT_OF_RANGE, TP_NO_BLOCK, size, present,
@@ -396,7 +409,7 @@ static int file_resize(struct tp_bdev *bdev, uint64_t size, struct tp_error *err
 					     ": the block device has %" PRIu64,
 					     file->name, size, present);
 	} else {
-		/* A flush beside us must never see a file shorter than the device. */
+		/* New operations end before what is about to be cut off. */
 		if (size < old)
 			atomic_store(&file->size, size);
 		status = set_length(file, size, err);
@@ -407,6 +420,17 @@ static int file_resize(struct tp_bdev *bdev, uint64_t size, struct tp_error *err
 	}
 	atomic_store(&file->size, size);
 	return 0;
+}
+
+static int file_resize(struct tp_bdev *bdev, uint64_t size, struct tp_error *err)
+{
+	struct file_bdev *file = as_file(bdev);
+	int status;
+
+	pthread_mutex_lock(&file->resize_lock);
+	status = resize_locked(file, size, err);
+	pthread_mutex_unlock(&file->resize_lock);
+	return status;
 }
 
 static int file_next_data(struct tp_bdev *bdev, uint64_t offset, uint64_t *begin_ret,
@@ -442,8 +466,12 @@ static int file_next_data(struct tp_bdev *bdev, uint64_t offset, uint64_t *begin
 
 static void file_close(struct tp_bdev *bdev)
 {
-	close(bdev->fd);
-	free(bdev);
+	struct file_bdev *file = as_file(bdev);
+
+	if (bdev->fd >= 0)
+		close(bdev->fd);
+	pthread_mutex_destroy(&file->resize_lock);
+	free(file);
 }
 
 static const struct tp_bdev_ops file_ops = {
@@ -662,6 +690,7 @@ int tp_bdev_file_open(const char *path, uint32_t flags, uint64_t create_size,
 	file->bdev.fd = -1;
 	file->bdev.read_only = !!(flags & TP_BDEV_READ_ONLY);
 	file->punch_align = 1;
+	pthread_mutex_init(&file->resize_lock, NULL);
 	keep_name(file, path);
 	status = open_descriptor(path, flags, &file->bdev.fd, err);
 	if (!status) {
@@ -671,9 +700,7 @@ int tp_bdev_file_open(const char *path, uint32_t flags, uint64_t create_size,
 			unlink(path);
 	}
 	if (status) {
-		if (file->bdev.fd >= 0)
-			close(file->bdev.fd);
-		free(file);
+		file_close(&file->bdev);
 		return status;
 	}
 	*bdev_ret = &file->bdev;

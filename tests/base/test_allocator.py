@@ -223,7 +223,10 @@ class AllocatorMachine(RuleBasedStateMachine):
             self.used -= blocks
             self.pending |= blocks
 
-    @rule(raws=st.lists(RAW, max_size=80), spoilt=st.sampled_from(["no", "twice", "free", "past"]))
+    @rule(
+        raws=st.lists(RAW, max_size=80),
+        spoilt=st.sampled_from(["no", "twice", "free", "pending", "past"]),
+    )
     def free_batch(self, raws: list[int], spoilt: str) -> None:
         choices = sorted(self.used)
         blocks = list(dict.fromkeys(choices[raw % len(choices)] for raw in raws if choices))
@@ -233,6 +236,9 @@ class AllocatorMachine(RuleBasedStateMachine):
         elif spoilt == "free":
             assume(self.free)
             blocks.insert(len(blocks) // 2, min(self.free))
+        elif spoilt == "pending":
+            assume(self.pending)
+            blocks.append(min(self.pending))
         elif spoilt == "past":
             blocks.append(self.nr_blocks)
         status = self.allocator.free_batch(blocks)
@@ -315,6 +321,31 @@ def test_what_was_only_taken_can_go_back_at_once(allocator_of):
     assert allocator.alloc() == 0
 
 
+def test_a_batch_that_frees_a_pending_block_leaves_it_pending(allocator_of):
+    allocator = allocator_of(5)
+    assert allocator.take(0, 5) == 0
+    assert allocator.free(3) == 0
+    assert allocator.free_batch([0, 1, 3]) == lib.TP_E_INVALID
+    assert allocator.nr_pending == 1
+    allocator.commit()
+    assert allocator.free_runs() == [(3, 1)]
+
+
+@pytest.mark.parametrize("how", ["untake", "commit"])
+def test_a_block_given_back_ahead_of_the_cursor_is_the_next(allocator_of, how):
+    allocator = allocator_of(64)
+    assert allocator.take(5, 10) == 0
+    assert [allocator.alloc() for _ in range(3)] == [0, 1, 2]
+    if how == "untake":
+        assert allocator.untake(7) == 0
+    else:
+        assert allocator.free(7) == 0
+        assert allocator.alloc() == 3
+        allocator.commit()
+    following = [allocator.alloc() for _ in range(3)]
+    assert following == ([3, 4, 7] if how == "untake" else [4, 7, 15])
+
+
 @pytest.mark.parametrize("nr_blocks", [0, 1, 64, 4096, 4097])
 def test_an_allocator_hands_out_each_block_once(allocator_of, nr_blocks):
     allocator = allocator_of(nr_blocks)
@@ -343,6 +374,17 @@ def test_a_run_is_found_beyond_any_number_of_fragments(allocator_of):
     begin, length = allocator.alloc_run(64)
     assert length in (1, 3)  # the stretch's end; neighbours of it are fragments
     assert allocator.is_free(begin) == 0
+
+
+def test_a_run_is_found_behind_the_cursor_too(allocator_of):
+    """After it there are fragments only, more of them than a search looks at."""
+    allocator = allocator_of(1000)
+    for block in range(201, 1000, 2):
+        assert allocator.take(block) == 0
+    assert allocator.take(0, 200) == 0
+    assert allocator.alloc() == 200
+    assert allocator.untake(10, 150) == 0
+    assert allocator.alloc_run(64) == (10, 64)
 
 
 def test_a_long_want_gets_the_longest_stretch_of_those_that_are_seen(allocator_of):
