@@ -317,15 +317,14 @@ class Extractor:
         except FileNotFoundError:
             if not create or not path:
                 raise
-            self._make_parents(path)
-            fd = syscalls.openat2(self._root_fd, path, _OPEN_PATH, resolve=_RESOLVE)
+            return self._make_parents(path)
         found = _Directory(fd, os.fstat(fd).st_ino)
         self._directories[path] = found
         if len(self._directories) > _CACHED_DIRECTORIES:
             self._stale.append(self._directories.popitem(last=False)[1].fd)
         return found
 
-    def _make_parents(self, path: bytes) -> None:
+    def _make_parents(self, path: bytes) -> _Directory:
         """Make what is missing of ``path``, from the last directory that is there."""
         missing: list[bytes] = []
         upper = path
@@ -350,6 +349,7 @@ class Extractor:
             self._made.setdefault(parent.inode, set()).add(name)
             at = at + b"/" + name if at else name
             parent = self._directory(at, create=False)
+        return parent
 
     def _forget_directories(self) -> None:
         while self._directories:
