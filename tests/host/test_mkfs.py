@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from thinpool import errors
-from thinpool.host import filesystems, loop, mounts
+from thinpool.host import filesystems, loop, mountinfo, mounts
 from thinpool.host.signatures import carries, data_ranges
 
 MIB = 1 << 20
@@ -130,6 +130,48 @@ def test_superblocks_tell_the_size(volume, fstype):
     assert found.size == 3 * GIB
     assert found.block_size == 4096
     assert len(set(found.uuid)) > 1
+
+
+@BOTH
+def test_volumes_are_mounted_safely_and_snapshots_beside_their_origin(
+    volume, work, directory, fstype, require
+):
+    require("root", "loop")
+    base = volume(fstype, size=GIB)
+    snapshot = str(work / "snapshot")
+    subprocess.run(["cp", "--sparse=always", base, snapshot], check=True)
+    place = work / "other"
+    place.mkdir()
+    one, other = loop.attach(base), loop.attach(snapshot)
+    try:
+        assert filesystems.mount_volume(one.path, directory) == fstype
+        assert filesystems.mount_volume(other.path, str(place), options=["dev,noatime"]) == fstype
+        first, second = mountinfo.mount_at(directory), mountinfo.mount_at(str(place))
+        assert first is not None
+        assert second is not None
+        assert {"nodev", "nosuid"} <= set(first.options.split(","))
+        assert {"nosuid", "noatime"} <= set(second.options.split(","))
+        assert "nodev" not in second.options.split(",")
+        retries = Path(f"/sys/fs/xfs/loop{one.number}/error/metadata/ENOSPC/max_retries")
+        if fstype == "xfs" and retries.exists():  # not where /sys is another namespace's
+            assert retries.read_text().strip() == "0"
+        mounts.unmount(str(place))
+        filesystems.mount_volume(other.path, str(place), read_only=True)
+    finally:
+        mounts.unmount(str(place))
+        mounts.unmount(directory)
+        loop.detach(other)
+        loop.detach(one)
+
+
+def test_a_volume_without_a_filesystem_is_not_mounted(sparse, directory, require):
+    require("root", "loop")
+    device = loop.attach(sparse())
+    try:
+        with pytest.raises(errors.UsageError):
+            filesystems.mount_volume(device.path, directory)
+    finally:
+        loop.detach(device)
 
 
 def test_no_filesystem_no_superblock(sparse):
@@ -300,6 +342,12 @@ def test_a_cut_off_filesystem_is_replayed_once_and_then_reads_without_writing(
     mounts.unmount(directory)
     loop.detach(device)
 
+    device = loop.attach(cut, read_only=True)
+    try:
+        with pytest.raises(errors.ReadOnlyError):
+            filesystems.mount_volume(device.path, directory, read_only=True)
+    finally:
+        loop.detach(device)
     device = loop.attach(cut)
     try:
         if fstype == "ext4":
@@ -314,12 +362,8 @@ def test_a_cut_off_filesystem_is_replayed_once_and_then_reads_without_writing(
     subprocess.run(["cp", "--sparse=always", cut, kept], check=True)
     device = loop.attach(cut, read_only=True)
     try:
-        with mounts.detached_mount(
-            device.path,
-            fstype,
-            filesystems.private_options(fstype, read_only=True),
-            read_only=True,
-        ) as root:
+        options = filesystems.private_options(fstype)
+        with mounts.detached_mount(device.path, fstype, options, read_only=True) as root:
             assert os.listdir(root) == ["file"]
     finally:
         loop.detach(device)

@@ -12,6 +12,9 @@ TABLE = b"""\
 40 38 7:3 /sub\\040dir /mnt/a\\040b\\011c\\134d\\012e ro,nodev - xfs /dev/loop3 rw,attr2
 
 truncated 1
+x 38 7:3 / /a rw - xfs /dev/loop3 rw
+40 38 7 / /a rw - xfs /dev/loop3 rw
+40 38 7:3 / /a rw - xfs
 41 38 0:50 / /mnt/fuse rw - fuse.thinpool thin\\040pool ro
 """
 

@@ -24,7 +24,7 @@ ext4 by its defaults maps 5 and 19 MiB, xfs 1.3 and 17 MiB. What costs, and what
   such. The log has 64 MiB, the least mkfs.xfs takes, in units of 4 KiB: a unit of a pool block
   would write a pool block for each fsync.
 - Each first writable mount of an xfs clone stamps 2 MiB of log ahead of its head (the 34
-  blocks). No option avoids it; read-only mounts with norecovery write nothing.
+  blocks). No option avoids it; only on a read-only device it writes nothing.
 - No discard at mkfs: a new volume has nothing mapped.
 """
 
@@ -156,22 +156,75 @@ _MOUNTABLE: Final = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "
 def default_options(fstype: str) -> list[str]:
     """The options volumes are mounted with unless others are asked for.
 
+    Others were tried to make mounting cheaper (Linux 6.18, plain loop device): ext4 takes 0.8
+    and 0.6 ms (6 reads, 6 writes, 6 flushes), xfs 4 to 7 and 1 ms (43 reads, 6 writes, 5
+    flushes). noinit_itable, no_prefetch_block_bitmaps, nodiscard, logbufs, logbsize change
+    nothing, nodelalloc saves three flushes and costs every later write, nobarrier is no option.
+    Read-only on a read-only device: 0.6 ms, nothing written.
+
     xfs refuses a second filesystem of the same uuid, which every snapshot is: hence nouuid.
     """
     return ["nodev", "nosuid", *(["nouuid"] if fstype == "xfs" else [])]
 
 
-def private_options(fstype: str, *, read_only: bool = False) -> list[str]:
+def private_options(fstype: str) -> list[str]:
     """The options for mounts of our own, which shouldn't write what nobody asked for.
 
-    Args:
-        fstype: as ``fs_type`` names it.
-        read_only: for a volume that is read-only itself, so that no journal can be replayed.
+    Read-only ones are made on read-only devices, where no filesystem can write a log either.
     """
-    options = [*default_options(fstype), "noatime", "noexec"]
-    if read_only:
-        options += {"ext4": ["noload"], "ext3": ["noload"], "xfs": ["norecovery"]}.get(fstype, [])
-    return options
+    return [*default_options(fstype), "noatime", "noexec"]
+
+
+def mount_volume(
+    path: str | os.PathLike[str],
+    target: str,
+    *,
+    options: Sequence[str] = (),
+    read_only: bool = False,
+) -> str:
+    """Mount the filesystem on a volume's device for a user; returns its type.
+
+    Args:
+        path: the device.
+        target: the directory.
+        options: after the default ones, so that they win.
+        read_only: mount it so; a journal is replayed first where the device can be written.
+
+    Raises:
+        UsageError: it carries no known filesystem, or an option can't be honoured.
+        ReadOnlyError: the device can't be written and there is a journal to replay, which isn't
+            passed over: what would be seen is not what the filesystem holds.
+        BusyError, NotFoundError, NotPermittedError, StorageIOError: as ``mounts.mount``.
+    """
+    name = os.fspath(path)
+    kind = fs_type(name)
+    if kind is None:
+        raise errors.UsageError(f"cannot mount {name}: it carries no known filesystem", path=name)
+    try:
+        wanted = [*default_options(kind), *options]
+        mounts.mount(name, target, kind, wanted, read_only=read_only)
+    except errors.ReadOnlyError as cause:
+        raise errors.ReadOnlyError(
+            f"cannot mount {name} on {target}: the device is read-only, and the {kind} on it "
+            "wants to be written, if only to replay its journal; mount a snapshot of it",
+            path=name,
+        ) from cause
+    if kind == "xfs" and not read_only:
+        _bound_retries(os.stat(name).st_rdev)
+    return kind
+
+
+def _bound_retries(device: int) -> None:
+    """Let xfs give up when the pool is full.
+
+    By default it tries a failed write of metadata again for ever, and whoever waits for it can't
+    be killed. The pool itself has waited for space already when it says that there is none.
+    Where sysfs is read-only, xfs keeps its default.
+    """
+    node = os.path.realpath(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
+    limit = f"/sys/fs/xfs/{os.path.basename(node)}/error/metadata/ENOSPC/max_retries"
+    with contextlib.suppress(OSError), open(limit, "w", encoding="ascii") as file:
+        file.write("0")
 
 
 # ---- making -------------------------------------------------------------------------------
@@ -261,7 +314,7 @@ def ext4_arguments(size: int, *, block_size: int) -> list[str]:
         extended += [f"stride={stripe}", f"stripe_width={stripe}"]
     journal = next((mib for least, mib in _EXT4_JOURNALS if size >= least), None)
     return [
-        *("-q", "-F", "-b", str(_BLOCK), "-I", "256", "-m", "0"),
+        *("-q", "-F", "-b", str(_BLOCK), "-I", "256", "-m", "0", "-e", "remount-ro"),
         *("-O", _EXT4_FEATURES),
         *(() if journal is None else ("-J", f"size={journal}")),
         *("-E", ",".join(extended)),

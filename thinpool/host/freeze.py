@@ -166,7 +166,11 @@ class FreezeGuard:
                 state=FreezeState.FAILED,
                 reason=f"{cause.filename} cannot be reached: {cause.strerror}",
             )
-        threading.Thread(target=self._freeze_all, args=(hold,), daemon=True).start()
+        try:
+            threading.Thread(target=self._freeze_all, args=(hold,), daemon=True).start()
+        except RuntimeError as cause:
+            self._finish(hold)
+            return Freeze(device=device, state=FreezeState.FAILED, reason=str(cause))
         hold.settled.wait(self._bound)
         return self._outcome(hold)
 

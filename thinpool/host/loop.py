@@ -192,7 +192,7 @@ def attach(
                 try:
                     _guard_node(fd)
                     if not _is_spoiled(number):
-                        return _verified(fd, number, name=name, direct_io=direct_io)
+                        return _verified(number, name=name, direct_io=direct_io)
                 except BaseException:
                     _abandon(fd)
                     raise
@@ -249,7 +249,11 @@ def detach_when_unused(device: LoopDevice) -> None:
 def set_capacity(device: LoopDevice | str) -> int:
     """Let the device follow its file's size; returns the size in bytes afterwards."""
     path = device if isinstance(device, str) else device.path
+    below = describe_number(_number_of(path))
     try:
+        if below is not None:
+            with contextlib.suppress(OSError):
+                os.stat(below.backing_file)  # older kernels go by the size they last heard of
         with _opened(path, os.O_RDONLY) as fd:
             fcntl.ioctl(fd, _LOOP_SET_CAPACITY)
             return os.lseek(fd, 0, os.SEEK_END)
@@ -397,21 +401,13 @@ def _abandon(fd: int) -> None:
         fcntl.ioctl(fd, _LOOP_CLR_FD)
 
 
-def _verified(fd: int, number: int, *, name: str, direct_io: bool) -> LoopDevice:
+def _verified(number: int, *, name: str, direct_io: bool) -> LoopDevice:
     device = describe_number(number)
-    if device is None:  # no sysfs here: the ioctl says the essential
-        status = _status(fd)
-        device = LoopDevice(
-            number=number,
-            path=f"/dev/loop{number}",
-            backing_file=name,
-            deleted=False,
-            offset=0,
-            size_limit=0,
-            read_only=bool(status.flags & _FLAG_READ_ONLY),
-            direct_io=bool(status.flags & _FLAG_DIRECT_IO),
-            autoclear=bool(status.flags & _FLAG_AUTOCLEAR),
-            sequence=_sequence(fd),
+    if device is None:
+        raise errors.UnsupportedHostError(
+            f"cannot attach {name}: sysfs isn't mounted at /sys, or another one is",
+            missing="sysfs",
+            path=name,
         )
     if direct_io and not device.direct_io:
         raise errors.UnsupportedHostError(

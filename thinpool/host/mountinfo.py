@@ -93,32 +93,30 @@ def unescape(field: bytes) -> str:
 
 def parse_mountinfo(table: bytes) -> list[MountEntry]:
     """The entries of a table, in its order; lines that are no entry are passed over."""
-    entries = []
-    for line in table.split(b"\n"):
-        fields = line.split(b" ")
-        try:
-            separator = fields.index(b"-", _BEFORE_OPTIONAL)
-        except ValueError:
-            continue
-        tail = fields[separator + 1 :]
-        if len(tail) < _AFTER_SEPARATOR:
-            continue
+    found = (_parse_line(line) for line in table.split(b"\n"))
+    return [entry for entry in found if entry is not None]
+
+
+def _parse_line(line: bytes) -> MountEntry | None:
+    fields = line.split(b" ")
+    try:
+        separator = fields.index(b"-", _BEFORE_OPTIONAL)
+        fstype, source, super_options = fields[separator + 1 : separator + 1 + _AFTER_SEPARATOR]
         major, _, minor = fields[2].partition(b":")
-        entries.append(
-            MountEntry(
-                mount_id=int(fields[0]),
-                parent_id=int(fields[1]),
-                device=os.makedev(int(major), int(minor)),
-                root=unescape(fields[3]),
-                mount_point=unescape(fields[4]),
-                options=fields[5].decode(errors="replace"),
-                optional=tuple(field.decode(errors="replace") for field in fields[6:separator]),
-                fstype=unescape(tail[0]),
-                source=unescape(tail[1]),
-                super_options=unescape(tail[2]),
-            )
+        return MountEntry(
+            mount_id=int(fields[0]),
+            parent_id=int(fields[1]),
+            device=os.makedev(int(major), int(minor)),
+            root=unescape(fields[3]),
+            mount_point=unescape(fields[4]),
+            options=fields[5].decode(errors="replace"),
+            optional=tuple(field.decode(errors="replace") for field in fields[6:separator]),
+            fstype=unescape(fstype),
+            source=unescape(source),
+            super_options=unescape(super_options),
         )
-    return entries
+    except ValueError:
+        return None
 
 
 def own_mounts() -> list[MountEntry]:
