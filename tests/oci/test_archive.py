@@ -523,8 +523,11 @@ def test_docker_archive_of_several_images(tmp_path):
     files = {**second, **files, "manifest.json": json.dumps(manifest).encode()}
     path = tmp_path / "two.tar"
     path.write_bytes(images.as_tar(files))
-    for ref, wanted in (("one", ONE), ("one:latest", ONE), ("v3", ONE), ("two:v2", TWO),
-                        ("docker.io/library/two:v2", TWO), ("example.com/x/one:v3", ONE)):  # fmt: skip
+    refs = {
+        "one": ONE, "one:latest": ONE, "v3": ONE, "example.com/x/one:v3": ONE, "two:v2": TWO,
+        "docker.io/library/two:v2": TWO,
+    }  # fmt: skip
+    for ref, wanted in refs.items():
         target = DirectoryTarget(tmp_path / hashlib.sha256(ref.encode()).hexdigest())
         assert load(path, target, ref=ref).chain_id == images.digest(wanted)
     with pytest.raises(UsageError):

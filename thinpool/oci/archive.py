@@ -94,7 +94,11 @@ _IMAGE_ENTRY: Final = re.compile(
     rb"blobs(/.*)?|oci-layout|index\.json|manifest\.json|repositories|(sha256:)?[0-9a-f]{64}([./].*)?",
     re.DOTALL,
 )
-_LAYER_ENTRY: Final = re.compile(rb"blobs/.*|(.*/)?layer\.tar|.*\.tar(\.gz|\.zst)?", re.DOTALL)
+# How layers and configs are named in them; nothing of a root filesystem is, at these places.
+_LAYER_ENTRY: Final = re.compile(
+    rb"blobs/.*|[^/]+/layer\.tar|[^/]+\.tar(\.gz|\.zst)?|(sha256:)?[0-9a-f]{64}([./].*)?",
+    re.DOTALL,
+)
 _CONFIG_NAME: Final = re.compile(r"(?:sha256:)?([0-9a-f]{64})(?:\.json)?")
 _ARCHITECTURES: Final = {
     "x86_64": "amd64",
@@ -740,11 +744,7 @@ class _ImageArchive:
         return None
 
     def _looks_like_an_image(self) -> bool:
-        return any(
-            _LAYER_ENTRY.fullmatch(name) or _IMAGE_ENTRY.fullmatch(name.partition(b"/")[0])
-            for name in self._files.names()
-            if name != b"manifest.json"
-        )
+        return any(_LAYER_ENTRY.fullmatch(name) for name in self._files.names())
 
     def open_layer(self, found: _FoundLayer, progress: Callable[[int], None] | None) -> LayerStream:
         """The layer's uncompressed bytes, verified on the way."""
