@@ -332,7 +332,7 @@ static int file_punch(struct tp_bdev *bdev, uint64_t offset, uint64_t length, st
 /* A whole disk has its queue beside it, a partition has its disk's one level up. */
 static uint64_t write_zeroes_max(dev_t device)
 {
-	static const char *const places[] = {"queue", "../queue"};
+	static const char *const places[] = { "queue", "../queue" };
 	unsigned long long value = 0;
 	char path[96];
 
@@ -359,8 +359,12 @@ static uint32_t probe_punch(const struct file_bdev *file, const struct stat *st)
 		return 0;
 	if (file->is_block_device)
 		return write_zeroes_max(st->st_rdev) > 0;
-	return !fallocate(file->bdev.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, st->st_size,
-			  FALLBACK_ALIGN);
+	while (fallocate(file->bdev.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, st->st_size,
+			 FALLBACK_ALIGN)) {
+		if (errno != EINTR)
+			return 0;
+	}
+	return 1;
 }
 
 /* ---- size and holes ------------------------------------------------------------------------ */
@@ -495,9 +499,6 @@ static int open_failed(const char *path, uint32_t flags, int host_errno, struct 
 		return tp_fail_errno(err, TP_E_NOT_EMPTY, host_errno, "create %s", path);
 	if (host_errno == EBUSY)
 		return tp_fail_errno(err, TP_E_BUSY, host_errno, "open %s", path);
-	if (host_errno == EINVAL && flags & TP_BDEV_DIRECT)
-		return tp_fail_errno(err, TP_E_NOT_SUPPORTED, host_errno,
-				     "open %s for direct I/O: its filesystem has none", path);
 	return tp_fail_errno(err, TP_E_OPEN, host_errno, "open %s", path);
 }
 
@@ -509,8 +510,6 @@ static int open_descriptor(const char *path, uint32_t flags, int *fd_ret, struct
 	int fd;
 
 	open_flags |= flags & TP_BDEV_READ_ONLY ? O_RDONLY : O_RDWR;
-	if (flags & TP_BDEV_DIRECT)
-		open_flags |= O_DIRECT;
 	if (flags & TP_BDEV_CREATE)
 		open_flags |= O_CREAT | O_EXCL;
 	else if (flags & TP_BDEV_EXCLUSIVE && !stat(path, &st) && S_ISBLK(st.st_mode))
@@ -521,10 +520,21 @@ static int open_descriptor(const char *path, uint32_t flags, int *fd_ret, struct
 	if (fd < 0)
 		return open_failed(path, flags, errno, err);
 	*fd_ret = fd;
-	/* io_uring would answer EAGAIN where it should wait. */
-	if (fcntl(fd, F_SETFL, open_flags & (O_ACCMODE | O_DIRECT)))
-		return tp_fail_errno(err, TP_E_OPEN, errno, "open %s", path);
 	return 0;
+}
+
+/*
+ * O_NONBLOCK goes, for io_uring would answer EAGAIN where it should wait. O_DIRECT comes only now:
+ * an open that makes a file and then finds no direct I/O there fails and leaves the file.
+ */
+static int set_mode(int fd, const char *path, uint32_t flags, struct tp_error *err)
+{
+	if (!fcntl(fd, F_SETFL, flags & TP_BDEV_DIRECT ? O_DIRECT : 0))
+		return 0;
+	if (errno == EINVAL && flags & TP_BDEV_DIRECT)
+		return tp_fail_errno(err, TP_E_NOT_SUPPORTED, errno,
+				     "open %s for direct I/O: its filesystem has none", path);
+	return tp_fail_errno(err, TP_E_OPEN, errno, "open %s", path);
 }
 
 static int lock(int fd, const char *path, uint32_t flags, struct tp_error *err)
@@ -633,7 +643,9 @@ static int examine(struct file_bdev *file, const char *path, uint32_t flags, uin
 	if (!file->is_block_device && !S_ISREG(st.st_mode))
 		return tp_fail(err, TP_E_OPEN, "open %s: neither a regular file nor a block device",
 			       path);
-	status = lock(file->bdev.fd, path, flags, err);
+	status = set_mode(file->bdev.fd, path, flags, err);
+	if (!status)
+		status = lock(file->bdev.fd, path, flags, err);
 	if (!status && flags & TP_BDEV_CREATE)
 		status = give_size(file->bdev.fd, path, create_size, err);
 	if (!status && flags & TP_BDEV_DIRECT)

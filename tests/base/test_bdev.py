@@ -337,6 +337,31 @@ def small_filesystem(tmp_path, require):
     subprocess.run(["umount", where], check=True)
 
 
+@pytest.fixture
+def filesystem_without_direct_io(tmp_path, require):
+    require("root")
+    where = tmp_path / "ram"
+    where.mkdir()
+    command = ["mount", "-t", "ramfs", "ramfs", where]
+    subprocess.run(command, check=True)
+    yield where
+    subprocess.run(["umount", where], check=True)
+
+
+def test_direct_io_is_refused_where_there_is_none_and_no_file_is_left(
+    filesystem_without_direct_io, opener, core_error
+):
+    path = filesystem_without_direct_io / "device"
+    with pytest.raises(core_error) as caught:
+        opener.file(path, lib.TP_BDEV_CREATE | lib.TP_BDEV_DIRECT, MIB)
+    assert caught.value.status == lib.TP_E_NOT_SUPPORTED
+    assert not path.exists()
+    opener.file(path, lib.TP_BDEV_CREATE, MIB).close()
+    with pytest.raises(core_error) as caught:
+        opener.file(path, lib.TP_BDEV_DIRECT)
+    assert caught.value.status == lib.TP_E_NOT_SUPPORTED
+
+
 def test_a_full_host_is_told_by_its_errno(small_filesystem, opener, core_error):
     device = opener.file(small_filesystem / "device", lib.TP_BDEV_CREATE, 4 * MIB)
     device.write(0, b"f" * 512 * KIB)
