@@ -43,6 +43,9 @@ struct fault_bdev {
 	size_t nr_rules;
 	uint64_t operations;
 	uint64_t fired;
+	pthread_cond_t released;
+	uint64_t nr_releases;
+	uint64_t held; /* operations that wait for a release */
 };
 
 static const struct tp_bdev_ops fault_ops;
@@ -84,6 +87,20 @@ static struct rule arrive(struct fault_bdev *fault, uint32_t op, uint64_t offset
 	return acting;
 }
 
+/* Wait until the next release: whoever scripts it sees to one. */
+static void hold(struct fault_bdev *fault)
+{
+	uint64_t seen;
+
+	pthread_mutex_lock(&fault->lock);
+	seen = fault->nr_releases;
+	fault->held++;
+	while (fault->nr_releases == seen)
+		pthread_cond_wait(&fault->released, &fault->lock);
+	fault->held--;
+	pthread_mutex_unlock(&fault->lock);
+}
+
 static int scripted(const struct rule *rule, const char *what, uint64_t offset, uint64_t length,
 		    struct tp_error *err)
 {
@@ -105,6 +122,8 @@ static int fault_read(struct tp_bdev *bdev, uint64_t offset, void *buffer, size_
 	struct rule rule = arrive(fault, TP_FAULT_READ, offset, length);
 	int status;
 
+	if (rule.kind == TP_FAULT_HOLD)
+		hold(fault);
 	if (rule.kind == TP_FAULT_ERROR)
 		return scripted(&rule, "read", offset, length, err);
 	if (rule.kind == TP_FAULT_MISDIRECT)
@@ -174,6 +193,9 @@ static int fault_write(struct tp_bdev *bdev, uint64_t offset, const void *buffer
 	case TP_FAULT_MISDIRECT:
 		offset += rule.arg;
 		break;
+	case TP_FAULT_HOLD:
+		hold(fault);
+		break;
 	}
 	return tp_bdev_write(fault->below, offset, buffer, length, err);
 }
@@ -187,6 +209,8 @@ static int fault_flush(struct tp_bdev *bdev, struct tp_error *err)
 		return tp_fail_errno(err, TP_E_IO, rule.host_errno, "scripted fault in a flush");
 	if (rule.kind == TP_FAULT_DROP_FLUSH)
 		return 0;
+	if (rule.kind == TP_FAULT_HOLD)
+		hold(fault);
 	return tp_bdev_flush(fault->below, err);
 }
 
@@ -209,6 +233,9 @@ static int fault_punch(struct tp_bdev *bdev, uint64_t offset, uint64_t length, s
 		return 0;
 	case TP_FAULT_MISDIRECT:
 		offset += rule.arg;
+		break;
+	case TP_FAULT_HOLD:
+		hold(fault);
 		break;
 	}
 	return tp_bdev_punch(fault->below, offset, length, err);
@@ -234,6 +261,7 @@ static void fault_close(struct tp_bdev *bdev)
 {
 	struct fault_bdev *fault = as_fault(bdev);
 
+	pthread_cond_destroy(&fault->released);
 	pthread_mutex_destroy(&fault->lock);
 	free(fault->rules);
 	free(fault);
@@ -262,6 +290,7 @@ int tp_bdev_fault_open(struct tp_bdev *below, struct tp_bdev **bdev_ret, struct 
 	fault->bdev.fd = -1;
 	fault->below = below;
 	pthread_mutex_init(&fault->lock, NULL);
+	pthread_cond_init(&fault->released, NULL);
 	*bdev_ret = &fault->bdev;
 	return 0;
 }
@@ -271,6 +300,7 @@ static uint32_t ops_of_kind(uint32_t kind)
 {
 	switch (kind) {
 	case TP_FAULT_ERROR:
+	case TP_FAULT_HOLD:
 		return ALL_OPS;
 	case TP_FAULT_TORN:
 	case TP_FAULT_LOST_WRITE:
@@ -357,4 +387,23 @@ uint64_t tp_bdev_fault_fired(const struct tp_bdev *bdev)
 	struct fault_bdev *fault = as_fault(bdev);
 
 	return fault ? counter(bdev, &fault->fired) : 0;
+}
+
+uint64_t tp_bdev_fault_held(const struct tp_bdev *bdev)
+{
+	struct fault_bdev *fault = as_fault(bdev);
+
+	return fault ? counter(bdev, &fault->held) : 0;
+}
+
+void tp_bdev_fault_release(struct tp_bdev *bdev)
+{
+	struct fault_bdev *fault = as_fault(bdev);
+
+	if (!fault)
+		return;
+	pthread_mutex_lock(&fault->lock);
+	fault->nr_releases++;
+	pthread_cond_broadcast(&fault->released);
+	pthread_mutex_unlock(&fault->lock);
 }

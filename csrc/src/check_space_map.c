@@ -90,7 +90,7 @@ static void run_count(struct run *run, uint64_t bitmap_block, uint64_t number, u
 void tp_check_overflow_entry(struct tp_check *check, uint64_t leaf, uint64_t key, uint32_t count)
 {
 	struct tp_check_space_map *map = check->visiting;
-	struct run run = {.check = check, .map = map};
+	struct run run = { .check = check, .map = map };
 	enum tp_check_structure tree =
 		map->metadata ? TP_CHECK_IN_METADATA_OVERFLOW : TP_CHECK_IN_DATA_OVERFLOW;
 	uint64_t wanted;
@@ -110,7 +110,8 @@ void tp_check_overflow_entry(struct tp_check *check, uint64_t leaf, uint64_t key
 	if (!map->compare_counts || key >= map->counts->nr)
 		return;
 	wanted = tp_check_counts_get(map->counts, key);
-	if (count != wanted) {
+	/* Of a block that fewer use, the bitmap decides whether the entry or the count is wrong. */
+	if (count != wanted && wanted >= TP_COUNT_OVERFLOW) {
 		run_count(&run, leaf, key, count, wanted);
 		run_end(&run);
 	}
@@ -121,7 +122,7 @@ void tp_check_overflow_entry(struct tp_check *check, uint64_t leaf, uint64_t key
 /* What entries [first, first + nr) should say, as a word. nr <= 32. */
 static uint64_t wanted_word(const struct tp_check_counts *counts, uint64_t first, unsigned nr)
 {
-	static const uint8_t pairs[4] = {0, 2, 1, 3};
+	static const uint8_t pairs[4] = { 0, 2, 1, 3 };
 	uint64_t word = 0;
 
 	for (unsigned i = 0; i < nr; i++) {
@@ -148,8 +149,8 @@ static void check_entry(struct run *run, uint64_t bitmap_block, uint64_t number,
 	if (!map->compare_counts)
 		return;
 	wanted = tp_check_counts_get(map->counts, number);
-	/* A pair of 3 with an entry was compared by the entry. */
-	if (pair < TP_COUNT_OVERFLOW ? pair != wanted : !overflowing && wanted < TP_COUNT_OVERFLOW)
+	/* A pair of 3 with an entry was compared by the entry, unless too few use the block. */
+	if (pair < TP_COUNT_OVERFLOW ? pair != wanted : wanted < TP_COUNT_OVERFLOW)
 		run_count(run, bitmap_block, number, pair, wanted);
 }
 
@@ -248,9 +249,9 @@ static void visit_bitmap(void *argument, unsigned thread, uint64_t block, const 
 	struct tp_check_space_map *map = check->visiting;
 	uint64_t index = check->infos[block].first_key;
 	uint64_t left = map->nr_blocks - index * TP_BITMAP_ENTRIES;
-	struct tp_walk_fault fault = {.type = TP_CHECK_IO_ERROR, .key = UINT64_MAX};
-	struct run run = {.check = check, .map = map};
-	struct found found = {0};
+	struct tp_walk_fault fault = { .type = TP_CHECK_IO_ERROR, .key = UINT64_MAX };
+	struct run run = { .check = check, .map = map };
+	struct found found = { 0 };
 
 	(void)thread;
 	if (!data)
@@ -308,7 +309,7 @@ static void read_metadata_index(struct tp_check *check)
 	uint8_t data[TP_MD_BLOCK_SIZE] __attribute__((aligned(4096)));
 	const struct tp_disk_metadata_index *index = (const void *)data;
 	struct tp_check_space_map *map = &check->metadata_map;
-	struct tp_walk_fault fault = {.type = TP_CHECK_IO_ERROR, .key = UINT64_MAX};
+	struct tp_walk_fault fault = { .type = TP_CHECK_IO_ERROR, .key = UINT64_MAX };
 	uint64_t block = map->bitmap_root;
 	int rc;
 
@@ -415,7 +416,7 @@ int tp_check_space_maps_init(struct tp_check *check, struct tp_error *err)
 
 void tp_check_space_maps_deinit(struct tp_check *check)
 {
-	struct tp_check_space_map *maps[] = {&check->data_map, &check->metadata_map};
+	struct tp_check_space_map *maps[] = { &check->data_map, &check->metadata_map };
 
 	for (int i = 0; i < 2; i++) {
 		free(maps[i]->bitmaps);

@@ -62,7 +62,7 @@ class Thinpool:
         self.root = root
 
     def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "thinpool", "--root", str(self.root), *arguments]
+        return [sys.executable, "-P", "-m", "thinpool", "--root", str(self.root), *arguments]
 
     def __call__(
         self, *arguments: str, stdin: bytes = b"", code: int | None = 0, **options: Any

@@ -11,8 +11,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def state(root: Path, *, times: bool = True) -> dict[bytes, dict[str, Any]]:
-    """Everything observable below ``root``, by relative name; hard links by their first name."""
+def state(root: Path, *, closed: bytes | None = None) -> dict[bytes, dict[str, Any]]:
+    """Everything observable below ``root``, by relative name; hard links by their first name.
+
+    The directory ``closed`` is named and not looked into.
+    """
     found: dict[bytes, dict[str, Any]] = {}
     first_names: dict[int, bytes] = {}
     top = os.fsencode(root)
@@ -23,13 +26,12 @@ def state(root: Path, *, times: bool = True) -> dict[bytes, dict[str, Any]]:
         entry: dict[str, Any] = {
             "mode": oct(status.st_mode),
             "owner": (status.st_uid, status.st_gid),
+            "mtime": status.st_mtime_ns,
             "xattrs": {
                 attribute: os.getxattr(path, attribute, follow_symlinks=False)
                 for attribute in os.listxattr(path, follow_symlinks=False)
             },
         }
-        if times:
-            entry["mtime"] = status.st_mtime_ns
         if kind == stat.S_IFREG:
             with open(path, "rb") as file:  # noqa: PTH123 - bytes names
                 entry["content"] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -41,7 +43,7 @@ def state(root: Path, *, times: bool = True) -> dict[bytes, dict[str, Any]]:
         if kind != stat.S_IFDIR:
             entry["same as"] = first_names.setdefault(status.st_ino, name)
         found[name] = entry
-        if kind == stat.S_IFDIR:
+        if kind == stat.S_IFDIR and name != closed:
             for child in sorted(os.listdir(path)):  # noqa: PTH208 - bytes names
                 visit(path + b"/" + child, name + b"/" + child if name else child)
 

@@ -207,6 +207,17 @@ def test_no_shell_and_no_dmsetup() -> None:
     assert not found, "\n".join(found)
 
 
+def test_interpreters_do_not_look_for_modules_where_they_stand() -> None:
+    """With -m alone the working directory comes first, and anybody's folder could be root's code."""
+    found = [
+        f"{relative(path)}: {line.strip()}"
+        for path in PYTHON_FILES
+        for line in path.read_text().splitlines()
+        if re.search(r"sys\.executable,\s*['\"]-[mc]['\"]", line)
+    ]
+    assert not found, "start it with -P:\n" + "\n".join(found)
+
+
 def test_generated_document_tables_are_fresh() -> None:
     generator = REPOSITORY / "tools/gen_format_doc.py"
     result = subprocess.run(

@@ -145,6 +145,7 @@ class FaultKind(IntEnum):
     MISDIRECT = 4
     BIT_FLIP = 5
     LOST_WRITE = 6
+    HOLD = 7
 
 
 class FaultOp(IntFlag):
@@ -213,6 +214,17 @@ class FaultDevice(BlockDevice):
         """How often a rule acted."""
         with self.in_call() as (pointer, _):
             return int(lib.tp_bdev_fault_fired(pointer))
+
+    @property
+    def held(self) -> int:
+        """Operations that wait for a release now."""
+        with self.in_call() as (pointer, _):
+            return int(lib.tp_bdev_fault_held(pointer))
+
+    def release(self) -> None:
+        """Let every held operation go on."""
+        with self.in_call() as (pointer, _):
+            lib.tp_bdev_fault_release(pointer)
 
 
 class LogKind(IntEnum):

@@ -233,7 +233,7 @@ class PoolClient:
 
     def _start(self) -> None:
         """Run a supervisor; it goes to the background and says when its worker answers."""
-        command = [sys.executable, "-m", "thinpool.server.supervisor", "--detach"]
+        command = [sys.executable, "-P", "-m", "thinpool.server.supervisor", "--detach"]
         command += ["--root", str(self._root.absolute()), "--pool", self._pool]
         deadline = time.monotonic() + self._timeout
         while True:

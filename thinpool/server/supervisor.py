@@ -360,7 +360,7 @@ class Supervisor:
             "redo": self._redo,
             "table": self._table,
         }
-        command = [sys.executable, "-m", "thinpool.server.worker", "--root", str(self._root),
+        command = [sys.executable, "-P", "-m", "thinpool.server.worker", "--root", str(self._root),
                    "--pool", self._config.name, "--program", self._program]  # fmt: skip
         for name, fd in fds.items():
             command += [f"--{name}-fd", str(fd)]

@@ -162,8 +162,7 @@ class Worker:
             process.log(f"worker: {error.message}")
             return 1
         if arguments.restarted:
-            took = (time.monotonic() - started) * 1000
-            process.log(f"worker: took over in {took:.0f} ms")
+            process.log(_taken_over(plane, time.monotonic() - started))
         for entry, reason in plane.served.lost:
             process.log(f"worker: volume {entry.id} is no longer served: {reason.message}")
         try:
@@ -234,6 +233,15 @@ async def _run_until_stopped(program: Awaitable[None], stopping: asyncio.Event) 
                 await each
     if not task.cancelled():
         task.result()
+
+
+def _taken_over(plane: DataPlane, seconds: float) -> str:
+    replayed = plane.opened.pool.status().replayed
+    answered = plane.server.statistics().replays if plane.server is not None else 0
+    return (
+        f"worker: took over in {seconds * 1000:.0f} ms: {replayed} records replayed, "
+        f"{answered} open requests taken up"
+    )
 
 
 @contextlib.contextmanager

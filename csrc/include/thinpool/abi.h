@@ -200,7 +200,8 @@ enum tp_fault_kind {
 	TP_FAULT_DROP_FLUSH = 3,	/* a flush is acknowledged and not passed on */
 	TP_FAULT_MISDIRECT = 4,		/* goes to offset + arg (modulo 2^64) instead */
 	TP_FAULT_BIT_FLIP = 5,		/* bit `arg` (modulo its bits) of a write, or of what a read returns */
-	TP_FAULT_LOST_WRITE = 6		/* a write or punch is acknowledged and not done */
+	TP_FAULT_LOST_WRITE = 6,	/* a write or punch is acknowledged and not done */
+	TP_FAULT_HOLD = 7		/* waits for tp_bdev_fault_release, then goes on */
 };
 enum tp_fault_op { TP_FAULT_READ = 1, TP_FAULT_WRITE = 2, TP_FAULT_FLUSH = 4, TP_FAULT_PUNCH = 8 };
 
@@ -214,6 +215,9 @@ int tp_bdev_fault_add(struct tp_bdev *fault, uint32_t ops, uint32_t kind, uint64
 void tp_bdev_fault_clear(struct tp_bdev *fault);
 uint64_t tp_bdev_fault_operations(const struct tp_bdev *fault);	/* seen so far */
 uint64_t tp_bdev_fault_fired(const struct tp_bdev *fault);
+/* Operations that wait now; all of them go on at a release. */
+uint64_t tp_bdev_fault_held(const struct tp_bdev *fault);
+void tp_bdev_fault_release(struct tp_bdev *fault);
 
 /* Records, in memory, every write, punch and flush that succeeded in front of `below` (as above).
  * Entries of several devices share one order when opened with the same `order` device's log, NULL

@@ -1,0 +1,28 @@
+"""The long version of the kill test."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.fuse.soak_kill import soak
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+KILLS = int(os.environ.get("THINPOOL_KILLS", "200"))
+
+
+@pytest.mark.slow
+@pytest.mark.fuse
+@pytest.mark.loop
+def test_worker_killed_200_times_under_ext4_and_xfs(root: Path, seed: int, require: object) -> None:
+    require("fio", "ext4", "xfs")  # type: ignore[operator]
+    outcome = soak(root, kills=KILLS, seed=seed, kinds=("ext4", "xfs"))
+    assert not outcome.faults
+    # The kills came while there was something to lose.
+    assert outcome.files > KILLS // 10
+    assert outcome.replayed
+    assert outcome.taken_up
