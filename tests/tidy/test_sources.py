@@ -208,7 +208,7 @@ def test_no_shell_and_no_dmsetup() -> None:
 
 
 def test_interpreters_do_not_look_for_modules_where_they_stand() -> None:
-    """With -m alone the working directory comes first, and anybody's folder could be root's code."""
+    """With -m alone the working directory comes first: anybody's folder could be root's code."""
     found = [
         f"{relative(path)}: {line.strip()}"
         for path in PYTHON_FILES

@@ -128,7 +128,7 @@ class Workbench:
                 raise errors.UsageError(
                     f"{volume} carries no filesystem", what="volume", value=str(volume)
                 )
-            options = filesystems.private_options(kind, read_only=read_only)
+            options = filesystems.private_options(kind)
             with mounts.detached_mount(device, kind, options, read_only=read_only) as root:
                 yield root
 
