@@ -1,4 +1,4 @@
-"""INV: after a power cut at any point the pool opens, checks clean and holds what was flushed."""
+"""After a power cut at any point the pool opens, checks clean and holds what was flushed."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ def verify(run: Run, log: list, image: Image, number: int) -> None:
 
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_every_crash_image_opens_checks_clean_and_holds_what_was_flushed(seed: int) -> None:
-    """INV-01, INV-02, INV-03."""
+    """INV-01, INV-02, INV-03, INV-04, INV-05, INV-06, INV-08."""
     print(f"seed {seed}")  # noqa: T201 - a failure must say it
     run = Run(seed)
     run.work(OPERATIONS)

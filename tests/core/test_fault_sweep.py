@@ -2,7 +2,7 @@
 
 The outcome is success or a typed error with the pool read-only.
 
-INV-04: a failed flush or metadata write is never retried into success; the pool turns read-only.
+INV-15, INV-16: a failed flush or metadata write is never retried into success.
 """
 
 from __future__ import annotations

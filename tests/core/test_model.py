@@ -1,4 +1,7 @@
-"""A Hypothesis state machine: a plain Python model equals the pool, whatever is done to it."""
+"""A Hypothesis state machine: a plain Python model equals the pool, whatever is done to it.
+
+INV-06, INV-12, INV-13, INV-20.
+"""
 
 from __future__ import annotations
 

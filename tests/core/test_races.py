@@ -1,7 +1,8 @@
 """Each race of the data path, with the interleaving forced: one operation is held in the device.
 
-INV-05: a block that a request has resolved is neither freed, nor moved, nor reused under it.
-INV-06: nothing is reused before the transaction that freed it is durable.
+INV-05: nothing is reused before the transaction that freed it is durable.
+INV-09: a block that a request has resolved is neither freed, nor moved, nor reused under it.
+INV-10, INV-11, INV-12 and INV-14 likewise: a test each.
 """
 
 from __future__ import annotations
