@@ -546,8 +546,8 @@ def _block_size(data: Path, metadata: Path) -> int:
 def detach_pool(session: Session, name: str) -> None:
     """Forget a pool."""
     client = session.client(name)
-    client.stop_server()
-    forget_directory(client.directory)
+    with client.stopped():
+        forget_directory(client.directory)
     session.forget(name)
 
 
@@ -565,13 +565,13 @@ def remove_pool(session: Session, name: str) -> None:
     """Remove a pool."""
     client = session.client(name)
     config = client.config()
-    client.stop_server()
     if not config.owns_files and config.read_only:
         raise errors.ReadOnlyError(
             f"pool {name} is attached read-only: 'thinpool detach-pool {name}' forgets it",
             pool=name,
         )
-    remove_directory(client.directory, config)
+    with client.stopped():
+        remove_directory(client.directory, config)
     if not config.owns_files:
         Path(f"{config.metadata}.names.json").unlink(missing_ok=True)
     session.forget(name)

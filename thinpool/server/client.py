@@ -263,24 +263,49 @@ class PoolClient:
                 raise error
             time.sleep(_BUSY_PAUSE_S)
 
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """End the server, if one runs, wait until it let go of the pool, and keep others out.
+
+        Raises:
+            BusyError: something is active or open; the server goes on.
+        """
+        with locked(
+            self._directory / _START_LOCK, timeout=max(self._timeout, _START_S), what="a start"
+        ):
+            self._shut_down()
+            yield
+
     def stop_server(self) -> None:
         """End the server, if one runs, and wait until it let go of the pool.
 
         Raises:
-            BusyError: something is active or open.
+            BusyError: something is active or open; the server goes on.
         """
-        if not self.is_running():
-            return
-        with contextlib.suppress(errors.ServerError):
-            self.call("shutdown")
+        with self.stopped():
+            pass
+
+    def _shut_down(self) -> None:
         self.close()
         deadline = time.monotonic() + max(self._timeout, _START_S)
         while self.is_running():
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                self._ask_to_end()
             if time.monotonic() > deadline:
                 raise errors.TimeoutError_(
                     f"the server of pool {self._pool} does not end", timeout=self._timeout
                 )
             time.sleep(_RETRY_PAUSE_S)
+
+    def _ask_to_end(self) -> None:
+        """Once, on a connection of its own; whoever else starts a server is kept out meanwhile."""
+        connection = _Connection(self._directory, timeout=self._timeout)
+        try:
+            connection.request("POST", f"{protocol.PREFIX}/shutdown", b"{}")
+            for document in _documents(connection.getresponse()):
+                _result(document)
+        finally:
+            connection.close()
 
     # ---- what lasts -------------------------------------------------------------------------
 

@@ -283,9 +283,13 @@ class PoolService:
         self._pool.set_low_water(blocks)
 
     def _finish_removals(self) -> None:
-        for record in self._catalogue.records(DELETING):
-            if self._volumes.users(record.id) == 0:
-                self._delete_now([record], request=None)
+        for found in self._catalogue.records(DELETING):
+            with self._lock.hold(timeout=_DEFAULT_TIMEOUT_S):
+                record = self._catalogue.by_id(found.id)
+                if record is None or record.state != DELETING:
+                    continue  # somebody else was faster
+                if self._volumes.users(record.id) == 0:
+                    self._delete_now([record], request=None)
 
     # ---- leases -----------------------------------------------------------------------------
 
@@ -328,11 +332,18 @@ class PoolService:
             except errors.BusyError as error:
                 logger.info("%s; it is removed when it is not", error.message)
 
-    def _clean(self, record: Record) -> None:
-        with self._locks.hold(record.id, operation="clean-up", timeout=_DEFAULT_TIMEOUT_S):
+    def _clean(self, found: Record) -> None:
+        """Remove what was being built, unless it was published meanwhile."""
+        with self._locks.hold(found.id, operation="clean-up", timeout=_DEFAULT_TIMEOUT_S):
+            record = self._catalogue.by_id(found.id)
+            if record is None or record.state != BUILDING:
+                return
             self._refuse_in_use(record, but_device=True)
             self._deactivate(record)
-            self._delete_now([record], request=None)
+            with self._lock.hold(timeout=_DEFAULT_TIMEOUT_S):
+                record = self._catalogue.by_id(found.id)
+                if record is not None and record.state == BUILDING:
+                    self._delete_now([record], request=None)
 
     def _check_lease(self, lease: str | None) -> None:
         if lease is None:
@@ -927,7 +938,10 @@ class PoolService:
             mounts = self._devices.mounts(device)
             where = mounts[0].describe() if mounts else f"active as {device.path}"
             raise errors.BusyError(
-                f"{record.name} is {where}: deactivate it first", holder=where, name=record.name
+                f"{record.name} is {where}: take it down first",
+                holder=where,
+                name=record.name,
+                device=device.path,
             )
         users = self._volumes.users(record.id)
         if users:
