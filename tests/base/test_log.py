@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from thinpool._native import ffi, lib
+from thinpool.engine import BlockDevice, LogDevice
 
 KIB = 1024
 SIZE = 256 * KIB
@@ -117,6 +118,24 @@ def test_a_replay_of_the_whole_log_makes_the_device_again(opener, log, rng):
     image_of_other = opener.memory(SIZE)
     log.replay(0, log.count, 8, image_of_other)
     assert image_of_other.read(0, SIZE) == other.read(0, SIZE)
+
+
+def test_the_engines_log_replays_too():
+    with (
+        BlockDevice.open_memory(SIZE) as below,
+        LogDevice.over(below, device_number=3) as log,
+        BlockDevice.open_memory(SIZE) as image,
+    ):
+        log.write(0, b"first")
+        log.flush()
+        log.write(0, b"other")
+        assert [entry.offset for entry in log] == [0, 1, 0]
+        log.replay(image, begin=0, end=2, device_number=3)
+        assert image.read(0, 5) == b"first"
+        log.replay(image, begin=2, end=3, device_number=4)
+        assert image.read(0, 5) == b"first"
+        log.replay(image, begin=2, end=3, device_number=3)
+        assert image.read(0, 5) == b"other"
 
 
 def test_a_replay_past_the_end_fails(opener, log, core_error):

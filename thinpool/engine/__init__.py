@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from thinpool.engine.allocator import Allocator
 from thinpool.engine.backend import (
     METADATA_BLOCK,
     SECTOR,
@@ -31,6 +32,7 @@ __all__ = [
     "METADATA_BLOCK",
     "SECTOR",
     "VOLUME_ID_MAX",
+    "Allocator",
     "BlockDevice",
     "Change",
     "ChangeKind",

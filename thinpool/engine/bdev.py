@@ -238,7 +238,11 @@ class LogKind(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogEntry:
-    """One entry; the number of a mark stands in ``offset``."""
+    """One entry, in the order of completion.
+
+    The number of a mark stands in ``offset``. That of a flush is an index: the flush made durable
+    the entries of its device below it; any others before it completed while it ran.
+    """
 
     kind: LogKind
     device: int
@@ -308,6 +312,18 @@ class LogDevice(BlockDevice):
         """All entries in order."""
         for index in range(len(self)):
             yield self.entry(index)
+
+    def replay(self, target: BlockDevice, *, begin: int, end: int, device_number: int = 0) -> None:
+        """Do the writes and punches of one device again.
+
+        Args:
+            target: to which device.
+            begin: the first entry.
+            end: the entry after the last.
+            device_number: whose; entries of others are passed over.
+        """
+        with self.in_call() as (pointer, err), target.in_call() as (onto, _):
+            check(lib.tp_bdev_log_replay(pointer, begin, end, device_number, onto, err), err)
 
     def mark(self, number: int) -> None:
         """Record that everything numbered up to this was acknowledged before here."""
