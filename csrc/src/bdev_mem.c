@@ -122,26 +122,66 @@ static int mem_flush(struct tp_bdev *bdev, struct tp_error *err)
 	return 0;
 }
 
-static void punch_locked(struct mem_bdev *mem, uint64_t offset, uint64_t length)
+/* First page at or after `page`, before `end`, whose bit is `wanted`; end when there is none. */
+static uint64_t find_page(const struct mem_bdev *mem, uint64_t page, uint64_t end, int wanted)
+{
+	while (page < end) {
+		uint64_t word =
+			atomic_load_explicit(&mem->written[page / WORD_BITS], memory_order_relaxed);
+
+		if (!wanted)
+			word = ~word;
+		word >>= page % WORD_BITS;
+		if (word) {
+			page += (uint64_t)__builtin_ctzll(word);
+			return page < end ? page : end;
+		}
+		page += WORD_BITS - page % WORD_BITS;
+	}
+	return end;
+}
+
+/* Part of a page, or parts of two. */
+static void zero_locked(struct mem_bdev *mem, uint64_t offset, uint64_t length)
 {
 	while (length) {
 		size_t part = within_page(offset, length);
-		uint64_t page = offset / PAGE;
 
-		if (is_written(mem, page)) {
-			if (part < PAGE) {
-				memset(mem->memory + offset, 0, part);
-			} else if (madvise(mem->memory + offset, PAGE, MADV_DONTNEED)) {
-				/* Locked memory, say: it still has to read as zeros. */
-				memset(mem->memory + offset, 0, PAGE);
-				clear_written(mem, page);
-			} else {
-				clear_written(mem, page);
-			}
-		}
+		if (is_written(mem, offset / PAGE))
+			memset(mem->memory + offset, 0, part);
 		offset += part;
 		length -= part;
 	}
+}
+
+/* Pages first to last - 1; first < last. */
+static void drop_pages_locked(struct mem_bdev *mem, uint64_t first, uint64_t last)
+{
+	int kept = madvise(mem->memory + first * PAGE, (last - first) * PAGE, MADV_DONTNEED);
+	uint64_t page = find_page(mem, first, last, 1);
+
+	while (page < last) {
+		/* Locked memory, say, is not given back: it still has to read as zeros. */
+		if (kept)
+			memset(mem->memory + page * PAGE, 0, PAGE);
+		clear_written(mem, page);
+		page = find_page(mem, page + 1, last, 1);
+	}
+}
+
+static void punch_locked(struct mem_bdev *mem, uint64_t offset, uint64_t length)
+{
+	uint64_t end = offset + length;
+	uint64_t first = (offset + PAGE - 1) / PAGE;
+	uint64_t last = end / PAGE;
+
+	if (first >= last) {
+		zero_locked(mem, offset, length);
+		return;
+	}
+	zero_locked(mem, offset, first * PAGE - offset);
+	drop_pages_locked(mem, first, last);
+	zero_locked(mem, last * PAGE, end - last * PAGE);
 }
 
 static int mem_punch(struct tp_bdev *bdev, uint64_t offset, uint64_t length, struct tp_error *err)
@@ -210,25 +250,6 @@ static int mem_resize(struct tp_bdev *bdev, uint64_t size, struct tp_error *err)
 static uint64_t mem_size(const struct tp_bdev *bdev)
 {
 	return atomic_load_explicit(&((const struct mem_bdev *)bdev)->size, memory_order_relaxed);
-}
-
-/* First page at or after `page`, before `end`, whose bit is `wanted`; end when there is none. */
-static uint64_t find_page(const struct mem_bdev *mem, uint64_t page, uint64_t end, int wanted)
-{
-	while (page < end) {
-		uint64_t word =
-			atomic_load_explicit(&mem->written[page / WORD_BITS], memory_order_relaxed);
-
-		if (!wanted)
-			word = ~word;
-		word >>= page % WORD_BITS;
-		if (word) {
-			page += (uint64_t)__builtin_ctzll(word);
-			return page < end ? page : end;
-		}
-		page += WORD_BITS - page % WORD_BITS;
-	}
-	return end;
 }
 
 static int mem_next_data(struct tp_bdev *bdev, uint64_t offset, uint64_t *begin_ret,
