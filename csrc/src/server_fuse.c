@@ -32,6 +32,12 @@ static int take_options(struct tp_fuse_server *server, const struct tp_fuse_opti
 	options->flush_threads = or_default(options->flush_threads, 2);
 	options->trim_ms = or_default(options->trim_ms, 1000);
 	options->block_size = or_default(options->block_size, 64u << 10);
+	if (server->pool) {
+		struct tp_pool_status status;
+
+		tp_pool_get_status(server->pool, &status);
+		options->block_size = status.data_block_size;
+	}
 	/* What is not background (lookups, flushes, punches) finds a slot even when this many reads
 	 * and writes are held up. */
 	options->max_background =

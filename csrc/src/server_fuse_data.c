@@ -15,6 +15,7 @@
 #define SQ_ENTRIES 512u
 #define CQ_ENTRIES 4096u
 #define BATCH      64u /* requests read before their I/O is started */
+#define NR_POLLS   2u
 #define NR_FIXED   16u /* files that the ring knows by number */
 
 /* user_data is a slot, or one of these. */
@@ -176,7 +177,9 @@ static void start_io(struct data_state *state, struct slot *slot)
 		return;
 	}
 	file = slot->file;
+	/* The completion ring has room for whatever is out. */
 	if (!state->has_ring || file->fd < 0 || !slot->length ||
+	    state->pending > CQ_ENTRIES - TP_MAP_MAX - NR_POLLS ||
 	    file->ops->map(file->target, slot->offset, slot->length, write, &slot->map) !=
 		    TP_MAP_OK) {
 		count(&state->thread->counters.slow, 1);

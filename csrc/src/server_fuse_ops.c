@@ -41,7 +41,8 @@ static void fill_common(const struct tp_fuse_server *server, uint64_t nodeid,
 	attr->atime = attr->mtime = attr->ctime = (uint64_t)server->start_time;
 	attr->uid = geteuid();
 	attr->gid = getegid();
-	attr->blksize = server->options.block_size;
+	/* Not the pool's: kernels derive the size of cached pages from it. */
+	attr->blksize = FUSE_PAGE;
 }
 
 static void fill_root(const struct tp_fuse_server *server, struct fuse_attr *attr)

@@ -17,6 +17,7 @@
 
 #define SLOTS_MAGIC  0x746f6c7370746675ull
 #define SLOTS_LAYOUT 1u
+#define TRIM_BATCH   8u
 
 /* The first page. Read by successors of another build: grow it only together with SLOTS_LAYOUT. */
 struct slots_head {
@@ -193,20 +194,31 @@ bool tp_fuse_slots_put(struct slots *slots, struct slot *slot)
 	return starved;
 }
 
-void tp_fuse_slots_trim(struct slots *slots, uint32_t keep)
+/* At most TRIM_BATCH of them under the lock; returns whether there may be more. */
+static bool trim_some(struct slots *slots, uint32_t keep)
 {
+	uint32_t seen = 0, done = 0;
 	struct slot *slot;
-	uint32_t seen = 0;
 
 	pthread_mutex_lock(&slots->lock);
-	for (slot = slots->free; slot; slot = slot->next) {
+	for (slot = slots->free; slot && done < TRIM_BATCH; slot = slot->next) {
 		if (!slot->resident || seen++ < keep)
 			continue;
 		munlock(slot->data - FUSE_PAGE, FUSE_SLOT_STRIDE);
-		/* The head page stays: it says that the slot is free. */
+		/* The head page stays: it says that the slot is free. What cannot be punched stays
+		 * too, and is not tried for ever. */
 		if (fallocate(slots->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-			      slot->data - slots->memory, FUSE_MAX_IO) == 0)
-			slot->resident = false;
+			      slot->data - slots->memory, FUSE_MAX_IO))
+			break;
+		slot->resident = false;
+		done++;
 	}
 	pthread_mutex_unlock(&slots->lock);
+	return done == TRIM_BATCH;
+}
+
+void tp_fuse_slots_trim(struct slots *slots, uint32_t keep)
+{
+	while (trim_some(slots, keep))
+		;
 }

@@ -96,22 +96,41 @@ static int check_fallocate(const struct fuse_fallocate_in *in, const struct tp_f
 	return file->read_only ? -EROFS : 0;
 }
 
+/* Whole blocks first: they give space back, which the ends may need to break sharing. */
+static int zero(const struct tp_fuse_file *file, uint32_t block_size, uint64_t offset,
+		uint64_t length, struct tp_error *err)
+{
+	uint64_t end = offset + length;
+	uint64_t first = (offset + block_size - 1) / block_size * block_size;
+	uint64_t last = end == file->ops->size(file->target) ? end : end / block_size * block_size;
+	int status;
+
+	if (first >= last)
+		return file->ops->zero(file->target, offset, length, err);
+	status = file->ops->zero(file->target, first, last - first, err);
+	if (!status && offset < first)
+		status = file->ops->zero(file->target, offset, first - offset, err);
+	if (!status && last < end)
+		status = file->ops->zero(file->target, last, end - last, err);
+	return status;
+}
+
 static void do_fallocate(struct tp_fuse_server *server, struct slot *slot)
 {
 	const struct fuse_fallocate_in *in = slot->request.arg;
 	struct tp_fuse_file *file = tp_fuse_files_get(&server->files, slot->header->nodeid);
 	uint64_t length = 0;
 	struct tp_error err = { 0 };
-	bool zero = false;
+	bool zeroes = false;
 	int error = -EIO;
 	int status;
 
 	slot->file = file;
 	if (file)
-		error = in->fh == file->generation ? check_fallocate(in, file, &length, &zero)
+		error = in->fh == file->generation ? check_fallocate(in, file, &length, &zeroes)
 						   : -ESTALE;
-	if (!error && zero && length) {
-		status = file->ops->zero(file->target, in->offset, length, &err);
+	if (!error && zeroes && length) {
+		status = zero(file, server->options.block_size, in->offset, length, &err);
 		if (status)
 			error = -tp_fuse_errno(status, err.host_errno);
 	}

@@ -19,7 +19,7 @@ import pytest
 
 from thinpool.engine import BlockDevice, format_pool
 from thinpool.host import loop, mounts
-from thinpool.store.devices import run_directory
+from thinpool.host.rundir import run_directory
 from thinpool.store.poolfile import PoolConfig, new_uuid, pool_directory, read_config, write_config
 
 if TYPE_CHECKING:
@@ -41,13 +41,14 @@ class Server:
         self.directory = pool_directory(root, pool)
         self.mount_point = run_directory(root) / "fuse" / self.config.uuid
         self.generation = 0
+        self.extra: list[str] = []
         self.child: subprocess.Popen[bytes] | None = None
         self.log = self.directory / "server.log"
 
     def command(self) -> list[str]:
         return [
             sys.executable, "-m", "thinpool.server.supervisor", "--root", str(self.root),
-            "--pool", self.pool, "--program", "plain_program:serve",
+            "--pool", self.pool, "--program", "plain_program:serve", *self.extra,
         ]  # fmt: skip
 
     def environment(self) -> dict[str, str]:

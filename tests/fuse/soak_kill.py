@@ -109,7 +109,7 @@ def fio(directory: Path, seed: int) -> subprocess.CompletedProcess[str]:
         "fio", "--name=w", f"--directory={directory}", "--size=24M", "--rw=randrw",
         "--bsrange=512-128k", "--blockalign=512", "--ioengine=libaio", "--iodepth=16",
         "--direct=1", "--verify=crc32c", "--verify_fatal=1", "--fsync=64", "--numjobs=2",
-        f"--randseed={seed}", "--verify_backlog=128",
+        f"--randseed={seed}", "--verify_backlog=128", "--verify_state_save=0",
     )  # fmt: skip
 
 

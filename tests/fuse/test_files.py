@@ -8,6 +8,7 @@ import mmap
 import os
 import struct
 import subprocess
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -280,6 +281,54 @@ def test_flush_covers_what_was_written(server: Server) -> None:
         assert after["flushes"] == before["flushes"] + 2
     finally:
         os.close(fd)
+
+
+@pytest.mark.loop
+def test_full_pool_holds_writes_and_nothing_else(new_server: Callable[..., Server]) -> None:
+    server = new_server("p", data_size=MIB)
+    blocks = MIB // BLOCK
+    # Through a loop device: it writes asynchronously. A plain pwrite() would hold the inode's lock
+    # in the kernel, which fsync() and fallocate() want too.
+    with attached(server.volume(1, 2 * MIB)) as device:
+        fd = os.open(device.path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+
+        def write(block: int, value: int) -> None:
+            with mmap.mmap(-1, BLOCK) as buffer:
+                buffer.write(bytes([value]) * BLOCK)
+                assert os.pwritev(fd, [buffer], block * BLOCK) == BLOCK
+
+        def first_byte(block: int) -> int:
+            with mmap.mmap(-1, BLOCK) as buffer:
+                assert os.preadv(fd, [buffer], block * BLOCK) == BLOCK
+                assert buffer[:] == buffer[:1] * BLOCK
+                return buffer[0]
+
+        try:
+            for block in range(blocks):
+                write(block, 0x11)
+            # More than there are threads for writes.
+            extra = range(blocks, blocks + 12)
+            waiting = [threading.Thread(target=write, args=(block, 0x22)) for block in extra]
+            for thread in waiting:
+                thread.start()
+            waiting[0].join(0.3)
+            assert all(thread.is_alive() for thread in waiting)
+            assert first_byte(0) == 0x11
+            assert first_byte(2 * blocks - 1) == 0
+            write(0, 0x33)
+            os.fsync(fd)
+            assert os.statvfs(server.mount_point).f_bfree == 0
+            server.kill_worker()
+            assert first_byte(0) == 0x33
+            assert all(thread.is_alive() for thread in waiting)
+            blkdiscard = 0x1277
+            fcntl.ioctl(fd, blkdiscard, struct.pack("=QQ", 0, MIB - 2 * BLOCK))
+            for thread in waiting:
+                thread.join(20)
+                assert not thread.is_alive()
+            assert {first_byte(block) for block in extra} == {0x22}
+        finally:
+            os.close(fd)
 
 
 def test_two_pools_at_once(new_server: Callable[..., Server]) -> None:

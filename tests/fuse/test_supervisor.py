@@ -144,9 +144,43 @@ def run_fio(directory: Path, seed: int) -> subprocess.CompletedProcess[str]:
         ["fio", "--name=w", f"--directory={directory}", "--size=24M", "--rw=randrw",
          "--bsrange=512-64k", "--bs_unaligned=0", "--blockalign=512", "--ioengine=libaio",
          "--iodepth=16", "--direct=1", "--verify=crc32c", "--verify_fatal=1", "--fsync=64",
-         "--numjobs=2", f"--randseed={seed}", "--verify_backlog=128", "--time_based=0"],
+         "--numjobs=2", f"--randseed={seed}", "--verify_backlog=128", "--verify_state_save=0", "--time_based=0"],
         capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
+
+
+@pytest.mark.loop
+def test_stop_finishes_although_the_worker_dies_meanwhile(server: Server, tmp_path: Path) -> None:
+    path = server.volume(1, 64 * MIB)
+    device = loop.attach(path)
+    subprocess.run(["mkfs.ext4", "-q", device.path], check=True)
+    mounts.mount(device.path, str(tmp_path), "ext4")
+    data = os.urandom(30 * MIB)
+    (tmp_path / "file").write_bytes(data)  # in the page cache: the unmount writes it back
+    server.child.terminate()
+    server.kill_worker()
+    assert server.child.wait(timeout=60) == 0
+    assert not tmp_path.is_mount()
+    assert not loop.find_below(server.mount_point)
+    server.check()
+    server.start()
+    path = server.add(1, 64 * MIB)
+    with attached(path) as again, mounted(again.path, tmp_path, "ext4"):
+        assert (tmp_path / "file").read_bytes() == data
+
+
+def test_without_fuse_a_server_works_but_activates_nothing(root: Path) -> None:
+    server = make_pool(root, "p", data_size=16 * MIB)
+    server.extra = ["--no-fuse"]
+    server.start()
+    server.ask("create", id=1)
+    with pytest.raises(RuntimeError, match="unsupported_host: volumes cannot be activated"):
+        server.add(1, MIB)
+    server.kill_worker()
+    assert server.ask("info")["restarted"]
+    assert not mounts.fuse_mounts(str(server.mount_point))
+    assert server.stop() == 0
+    server.check()
 
 
 def test_second_server_is_busy(server: Server) -> None:

@@ -32,7 +32,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from thinpool import errors
 from thinpool.host import loop, mountinfo, mounts
@@ -52,7 +52,7 @@ LOG_FILE: Final = "server.log"
 DATA_THREADS: Final = 2
 
 _BACKLOG: Final = 128
-_MAX_FAILURES: Final = 20
+_MAX_FAILURES: Final = 50
 """Workers in a row that died before they served; then the server gives up."""
 _MAX_FIRST_FAILURES: Final = 3
 """The same, of a server that never served: nobody waits for it yet but who started it."""
@@ -60,6 +60,7 @@ _MAX_REFUSALS: Final = 3
 """Workers in a row that could not open the pool, of a server that had served before."""
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 2.0
+_RELEASE_SECONDS: Final = 20.0
 _STOP_SECONDS: Final = 30.0
 
 
@@ -128,7 +129,11 @@ class _Freeze:
         control.send(self.worker, {"op": "frozen", "id": self.number, "errno": code})
         if code:
             os.close(self.fd)
-            return
+        else:
+            self._wait_and_thaw(deadline)
+        self.worker.close()
+
+    def _wait_and_thaw(self, deadline: float) -> None:
         expired = not self.over.wait(max(0.0, deadline - time.monotonic()))
         control.thaw(self.fd)
         control.send(self.worker, {"op": "thawed", "id": self.number, "expired": expired})
@@ -146,12 +151,16 @@ class Supervisor:
         root: of the pools.
         pool: its name.
         program: what the worker runs, ``module:function``.
+        files: serve volumes as files, where this host can.
     """
 
-    def __init__(self, root: Path, pool: str, *, program: str = DEFAULT_PROGRAM) -> None:
+    def __init__(
+        self, root: Path, pool: str, *, program: str = DEFAULT_PROGRAM, files: bool = True
+    ) -> None:
         """Find out about the pool; nothing is taken yet."""
         self._root = root
         self._program = program
+        self._files = files
         self._config: PoolConfig = read_config(root, pool)
         self._directory = pool_directory(root, pool)
         self._mount_point = (run_directory(root) / "fuse" / self._config.uuid).absolute()
@@ -160,6 +169,9 @@ class Supervisor:
         self._fuse_fds = contextlib.ExitStack()
         self._freezes: dict[int, _Freeze] = {}
         self._stopping = False
+        self._released = threading.Event()
+        self._given_up: errors.ThinpoolError | None = None
+        self._report_fd: int | None = None
         self._serving = False
         self._ever_served = False
         self._refusal: errors.ThinpoolError | None = None
@@ -245,7 +257,7 @@ class Supervisor:
 
     def _mount(self) -> None:
         """Where this host or this user cannot, the server works without files."""
-        if os.geteuid() != 0 or not Path("/dev/fuse").exists():
+        if not self._files or os.geteuid() != 0 or not Path("/dev/fuse").exists():
             process.log("supervisor: no FUSE here: volumes cannot be activated")
             return
         try:
@@ -270,9 +282,11 @@ class Supervisor:
         self._fuse = None
 
     def close(self) -> None:
-        """Take the mount down and let go of everything."""
+        """Take the mount down and let go of everything; then say why, if it was given up."""
         self._unmount()
         self._undo.close()
+        if self._given_up is not None:
+            self._report({"error": control.error_to_wire(self._given_up)})
 
     # ---- running ----------------------------------------------------------------------------
 
@@ -290,7 +304,7 @@ class Supervisor:
                 self._serving = False
                 self._refusal = None
                 code = self._run_worker(restarted=restarted)
-                if code == control.EXIT_DONE or self._stopping:
+                if code == control.EXIT_DONE or self._released.is_set():
                     return 0
                 if code == control.EXIT_DISCONNECTED:
                     process.log("supervisor: the FUSE connection was ended from outside")
@@ -317,7 +331,7 @@ class Supervisor:
             pool=self._config.name,
         )
         process.log(f"supervisor: giving up: {error.message}")
-        self._report({"error": control.error_to_wire(error)})
+        self._given_up = error
         return True
 
     def _rebuild(self) -> None:
@@ -377,22 +391,25 @@ class Supervisor:
         with ours:
             with theirs:
                 command, fds = self._command(theirs.fileno(), restarted=restarted)
-                worker = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL)
+                try:
+                    worker = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL)
+                except OSError as error:
+                    process.log(f"supervisor: cannot start a worker: {error.strerror}")
+                    return 1
             code = self._attend(worker, ours)
             self._thaw_all()
         return code
 
     def _attend(self, worker: subprocess.Popen[bytes], link: socket.socket) -> int:
-        told_to_stop: float | None = None
+        kill_at: float | None = None
         talking = True
         while True:
-            if self._stopping and told_to_stop is None:
-                release_devices(self._mount_point, lazy=False)
+            if self._released.is_set() and kill_at is None:
                 worker.terminate()
-                told_to_stop = time.monotonic()
+                kill_at = time.monotonic() + _STOP_SECONDS
             wait = None
-            if told_to_stop is not None:
-                wait = max(0.0, told_to_stop + _STOP_SECONDS - time.monotonic())
+            if kill_at is not None:
+                wait = max(0.0, kill_at - time.monotonic())
                 if not wait:
                     worker.kill()
                     wait = 1.0
@@ -410,7 +427,31 @@ class Supervisor:
         with contextlib.suppress(BlockingIOError):
             while taken := os.read(self._signal_read, 64):
                 if signal.SIGTERM in taken or signal.SIGINT in taken:
-                    self._stopping = True
+                    self._stop()
+
+    def _stop(self) -> None:
+        """Take the devices down while a worker still answers what is written back to them.
+
+        In a thread: an unmount waits for workers, which the main loop must go on replacing.
+        """
+        if self._stopping:
+            return
+        self._stopping = True
+
+        def release() -> None:
+            release_devices(self._mount_point, lazy=False)
+            over.set()
+
+        def wait() -> None:
+            if not over.wait(_RELEASE_SECONDS):
+                process.log("supervisor: a mount could not be taken down in time")
+            self._released.set()
+            with contextlib.suppress(OSError):
+                os.write(self._signal_write, b"\0")
+
+        over = threading.Event()
+        for work in (release, wait):
+            threading.Thread(target=work, name=work.__name__, daemon=True).start()
 
     def _pause(self, seconds: float) -> None:
         select.select([self._signal_read], [], [], seconds)
@@ -418,10 +459,17 @@ class Supervisor:
 
     def _listen_to(self, link: socket.socket) -> bool:
         """Take one message; False when the worker closed its end."""
-        received = control.receive(link)
-        if received is None:
-            return False
-        message, fds = received
+        try:
+            received = control.receive(link)
+            if received is None:
+                return False
+            self._take_message(*received, link)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            # Whatever it is, it is the worker's fault and no reason to take the files down.
+            process.log(f"supervisor: a message of the worker: {type(error).__name__}: {error}")
+        return True
+
+    def _take_message(self, message: dict[str, Any], fds: list[int], link: socket.socket) -> None:
         if message["op"] == "serving":
             self._serving = self._ever_served = True
             self._report({"pid": os.getpid()})
@@ -435,7 +483,6 @@ class Supervisor:
                 found.over.set()
         for fd in fds:
             os.close(fd)
-        return True
 
     # ---- freezing ---------------------------------------------------------------------------
 
@@ -455,8 +502,8 @@ class Supervisor:
             control.send(link, {"op": "frozen", "id": number, "errno": errno.EBUSY})
             return
         freeze = _Freeze(number, fd, link.dup())
-        self._freezes[number] = freeze
         threading.Thread(target=freeze.run, name="freeze", daemon=True).start()
+        self._freezes[number] = freeze
 
     def _thaw_all(self) -> None:
         for freeze in self._freezes.values():
@@ -546,6 +593,7 @@ def main() -> int:
     parser.add_argument("--pool", required=True)
     parser.add_argument("--program", default=DEFAULT_PROGRAM)
     parser.add_argument("--detach", action="store_true")
+    parser.add_argument("--no-fuse", action="store_true", help="serve no files")
     arguments = parser.parse_args()
     report: int | None = None
     root = arguments.root.absolute()
@@ -554,7 +602,9 @@ def main() -> int:
         directory = pool_directory(root, arguments.pool)
         if arguments.detach and directory.is_dir():
             report = _detach(directory)
-        supervisor = Supervisor(root, arguments.pool, program=arguments.program)
+        supervisor = Supervisor(
+            root, arguments.pool, program=arguments.program, files=not arguments.no_fuse
+        )
         try:
             supervisor.open()
             process.protect(f"tps:{arguments.pool}", io_flusher=False)

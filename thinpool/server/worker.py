@@ -106,6 +106,9 @@ class DataPlane:
 
     def close(self) -> None:
         """Answer what was read, close everything, commit. What was not read waits."""
+        # At once, should what follows take too long: nobody may keep the log after this.
+        with contextlib.suppress(errors.ThinpoolError):
+            self.opened.pool.commit()
         if self.server is not None:
             self.server.stop()
             self._thread.join()
