@@ -144,7 +144,8 @@ def run_fio(directory: Path, seed: int) -> subprocess.CompletedProcess[str]:
         ["fio", "--name=w", f"--directory={directory}", "--size=24M", "--rw=randrw",
          "--bsrange=512-64k", "--bs_unaligned=0", "--blockalign=512", "--ioengine=libaio",
          "--iodepth=16", "--direct=1", "--verify=crc32c", "--verify_fatal=1", "--fsync=64",
-         "--numjobs=2", f"--randseed={seed}", "--verify_backlog=128", "--verify_state_save=0", "--time_based=0"],
+         "--numjobs=2", f"--randseed={seed}", "--verify_backlog=128",
+         "--verify_state_save=0"],
         capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
 

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from thinpool import errors
 from thinpool.host import loop, mountinfo, mounts
-from thinpool.host.rundir import run_directory
+from thinpool.host.rundir import RunDirectory, run_directory
 from thinpool.server import control, process
 from thinpool.server.fuse_mount import FuseConnection, open_connection
 from thinpool.server.fuse_server import slots_size
@@ -261,7 +261,7 @@ class Supervisor:
             process.log("supervisor: no FUSE here: volumes cannot be activated")
             return
         try:
-            self._mount_point.mkdir(mode=0o700, parents=True, exist_ok=True)
+            RunDirectory.of_root(self._root).fuse_directory(self._config.uuid)
             connection = open_connection(
                 self._mount_point, source=f"thinpool:{self._config.name}", descriptors=DATA_THREADS
             )
