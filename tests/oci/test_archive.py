@@ -289,7 +289,8 @@ DOCKER_FIELDS: list[tuple[str, Any]] = [
     ("Config", "missing.json"), ("Config", "a\0b"), ("Layers", None), ("Layers", "x"),
     ("Layers", [5]), ("Layers", ["../../canary/layer.tar"]), ("Layers", ["missing/layer.tar"]),
     ("Layers", []), ("Layers", ["/"]), ("RepoTags", "x"), ("RepoTags", [5]), ("Layers", [""]),
-    ("Config", "/etc/passwd"),
+    ("Config", "/etc/passwd"), ("Config", "\ud800"), ("Layers", ["\udc80/layer.tar"]),
+    ("RepoTags", ["\ud800:x"]),
 ]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import require
 from tests.oci.tarbuild import Tar, extract, header, padded
 from tests.oci.trees import state
-from thinpool.errors import ArchiveError, NoSpaceError, NotPermittedError
+from thinpool.errors import ArchiveError, NoSpaceError, NotPermittedError, ThinpoolError
 from thinpool.oci.extract import Extractor, clean
 from thinpool.oci.streams import IteratorSource
 
@@ -182,6 +182,21 @@ def test_hard_link_to_a_file_of_the_lower_layer(root):
     assert (root / "d/one").read_bytes() == b"lower"
 
 
+def test_what_is_mounted_in_the_root_is_not_emptied(root):
+    """An opaque marker stops there with an error."""
+    require("root")
+    subprocess.run(["/bin/mount", "-t", "tmpfs", "none", root / "d/sub"], check=True)
+    try:
+        (root / "d/sub/inside").write_bytes(b"stays")
+        for tar in (Tar().file(b".wh.d"), Tar().file(b"d/.wh..wh..opq"), Tar().file(b"d", b"x"),
+                    Tar().file(b"d/sub/x")):  # fmt: skip
+            with pytest.raises(ThinpoolError):
+                extract(root, tar.end())
+        assert [path.name for path in (root / "d/sub").iterdir()] == ["inside"]
+    finally:
+        subprocess.run(["/bin/umount", root / "d/sub"], check=True)
+
+
 def test_hard_link_over_what_is_there_and_over_itself(root):
     """Replaces another entry, is content where both names are the file already."""
     extract(root, Tar().link(b"top", b"d/one").end())
@@ -211,8 +226,8 @@ def test_times_of_directories_are_set_after_their_files(root):
         assert (root / name).stat().st_mtime == mtime
 
 
-def test_default_acl_does_not_reach_the_layers_own_files(root):
-    """It is set when everything is in place."""
+def test_default_acl_reaches_no_file_that_a_layer_brings(root):
+    """It is set when everything is in place, and not inherited by what a later layer brings."""
     acl = bytes.fromhex(
         "0200000001000700ffffffff02000700e803000004000500ffffffff10000700ffffffff20000500ffffffff"
     )
@@ -225,6 +240,12 @@ def test_default_acl_does_not_reach_the_layers_own_files(root):
     extract(root, tar.end())
     assert os.getxattr(root / "acl", "system.posix_acl_default") == acl
     assert os.listxattr(root / "acl/file") == []
+    upper = Tar().file(b"acl/new", mode=0o640).dir(b"acl/dir", mode=0o750)
+    upper.add(b"acl/fifo", kind=b"6", mode=0o620).symlink(b"acl/link", b"x")
+    extract(root, upper.end())
+    for name, mode in (("new", 0o640), ("dir", 0o750), ("fifo", 0o620)):
+        assert os.listxattr(root / "acl" / name) == []
+        assert stat.S_IMODE((root / "acl" / name).stat().st_mode) == mode
 
 
 def test_foreign_security_labels_are_noted_and_left_out(root):

@@ -4,7 +4,7 @@ Knows nothing of pools or mounts. A tree is the descriptor of its root directory
 is the caller's, behind the :class:`~thinpool.oci.importer.LayerTarget` protocol.
 
 ====================  ======================================================================
-``syscalls``          openat2 and syncfs, which the standard library lacks
+``syscalls``          openat2, which the standard library lacks
 ``streams``           byte sources: decompression, digests, limits, all in this process
 ``tar``               a streaming tar parser (ustar, GNU, PAX, sparse) that trusts nothing
 ``tree``              removing and walking trees by descriptor

@@ -789,9 +789,12 @@ class _ImageArchive:
 
     def _parsed(self, data: bytes, member: str) -> Json:
         try:
-            return json.loads(data)
+            value = json.loads(data)
+            # A lone surrogate is no text: it could neither be a name here nor be printed.
+            json.dumps(value, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             self._bad(member, f"is not JSON ({type(error).__name__}: {str(error)[:100]})")
+        return value
 
     def _blob_json(self, descriptor: _Descriptor) -> dict[str, Json]:
         member = text(descriptor.blob)

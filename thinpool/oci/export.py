@@ -90,8 +90,8 @@ def iter_tar(
 
 def read_error(error: OSError) -> StorageIOError | NotPermittedError:
     """The typed error for a system call that failed on a tree that is read."""
-    name = error.filename if error.filename is not None else "the tree"
-    shown = text(os.fsencode(name)) if isinstance(name, str | bytes) else str(name)
+    name = error.filename
+    shown = text(os.fsencode(name)) if isinstance(name, str | bytes) else "a directory"
     message = f"cannot read {shown}: {error.strerror}"
     if error.errno in (errno.EPERM, errno.EACCES):
         return NotPermittedError(message, operation="read", path=shown)

@@ -17,7 +17,8 @@ those of Docker's engine:
 * A hard link needs its target, in this layer or a lower one; metadata of the link's own member is
   not applied, the target's stands.
 * Owner, mode (setuid after owner), extended attributes, times, in this order. Times of directories
-  and default ACLs are set at the end.
+  and default ACLs are set at the end; a default ACL of a lower layer's directory is not inherited.
+  ACLs as text (``SCHILY.acl.*``) are not read, as Docker does not.
 
 Safety. Directories are opened only by ``openat2`` with RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS and
 RESOLVE_NO_XDEV; everything else is done to one name inside such a directory, with calls that do not
@@ -133,11 +134,21 @@ class Extracted:
 
 
 class _Directory:
-    __slots__ = ("fd", "inode")
+    __slots__ = ("fd", "inherits", "inode")
 
-    def __init__(self, fd: int, inode: int) -> None:
+    def __init__(self, fd: int) -> None:
         self.fd = fd
-        self.inode = inode
+        self.inode = os.fstat(fd).st_ino
+        self.inherits = _has_default_acl(fd)
+
+
+def _has_default_acl(fd: int) -> bool:
+    """Whether what is made in a directory inherits an ACL from it."""
+    try:
+        os.getxattr(f"/proc/self/fd/{fd}", _DEFAULT_ACL)
+    except OSError:
+        return False
+    return True
 
 
 class _Deferred:
@@ -318,7 +329,7 @@ class Extractor:
             if not create or not path:
                 raise
             return self._make_parents(path)
-        found = _Directory(fd, os.fstat(fd).st_ino)
+        found = _Directory(fd)
         self._directories[path] = found
         if len(self._directories) > _CACHED_DIRECTORIES:
             self._stale.append(self._directories.popitem(last=False)[1].fd)
@@ -438,6 +449,8 @@ class Extractor:
                 self._reader.data(lambda piece: self._write(fd, piece))
             self._own(member, fd)
             os.fchmod(fd, member.mode)
+            if parent.inherits:
+                self._drop_xattrs(member, fd)
             if member.xattrs:
                 self._xattrs(member, fd)
             os.utime(fd, ns=_times(member))
@@ -476,7 +489,9 @@ class Extractor:
                 os.chmod(name, 0o700, dir_fd=parent.fd)
         fd = os.open(name, tree.OPEN_DIRECTORY, dir_fd=parent.fd)
         try:
-            late_mode, acl = self._directory_metadata(member, fd, existing=existing)
+            late_mode, acl = self._directory_metadata(
+                member, fd, existing=existing or parent.inherits
+            )
             self._deferred[parent.inode, name] = _Deferred(
                 path, os.fstat(fd).st_ino, _times(member), late_mode, acl
             )
@@ -578,10 +593,13 @@ class Extractor:
                 os.chown(name, member.uid, member.gid, dir_fd=parent.fd, follow_symlinks=False)
             except PermissionError as error:
                 raise self._no_owner(member) from error
+        path = b"/proc/self/fd/%d/%s" % (parent.fd, name)
         if member.kind != tarformat.SYMLINK:
             os.chmod(name, member.mode, dir_fd=parent.fd)
+            if parent.inherits:
+                self._drop_xattrs(member, path)
         if member.xattrs:
-            self._xattrs(member, f"/proc/self/fd/{parent.fd}/".encode() + name)
+            self._xattrs(member, path)
         os.utime(name, ns=_times(member), dir_fd=parent.fd, follow_symlinks=False)
 
     def _own(self, member: tarformat.Member, fd: int) -> None:
@@ -625,17 +643,18 @@ class Extractor:
             errno=error.errno,
         ) from error
 
-    def _drop_xattrs(self, member: tarformat.Member, fd: int) -> None:
-        """Take from a merged directory the attributes that its new metadata lacks."""
-        for text in os.listxattr(fd):
+    def _drop_xattrs(self, member: tarformat.Member, where: int | bytes) -> None:
+        """Take away attributes that a member lacks, of a merged directory or inherited ones."""
+        for text in os.listxattr(where):
             name = os.fsencode(text)
             host = name.startswith(b"security.") and name != b"security.capability"
             if name in member.xattrs or host:
                 continue
             try:
-                os.removexattr(fd, name)
+                os.removexattr(where, name)
             except OSError as error:
-                self._no_xattr(name, error)
+                if error.errno != errno.ENODATA:  # xfs lists an ACL twice
+                    self._no_xattr(name, error)
 
     def _finish(self) -> None:
         """Set what had to wait, deepest directories first."""

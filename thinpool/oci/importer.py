@@ -34,8 +34,8 @@ class TargetLayer(Protocol):
     def seal(self, *, chain_id: str, diff_id: str) -> None:
         """Make it durable, read-only and known by its chainID.
 
-        Whoever implements this flushes the filesystem first (:func:`~thinpool.oci.syscalls.syncfs`
-        or an unmount): a full pool may show only there, and has to be an error of this call.
+        Whoever implements this flushes the filesystem first (syncfs, whose errors an unmount does
+        not report): a full pool may show only there, and has to be an error of this call.
         """
         ...
 

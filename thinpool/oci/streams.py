@@ -116,22 +116,24 @@ class RangeSource:
 
 
 class IteratorSource:
-    """The pieces of an iterator, one after the other."""
+    """The pieces of an iterator, one after the other, of whatever size."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         """Take pieces as they are asked for."""
         self._pieces = pieces
-        self._rest = b""
+        self._piece = b""
+        self._at = 0
 
     def read(self, size: int, /) -> bytes:
         """As :class:`Source`."""
-        while not self._rest:
+        while self._at == len(self._piece):
             piece = next(self._pieces, None)
             if piece is None:
                 return b""
-            self._rest = piece
-        data, self._rest = self._rest[:size], self._rest[size:]
-        return data
+            self._piece, self._at = piece, 0
+        start = self._at
+        self._at = min(start + size, len(self._piece))
+        return self._piece[start : self._at]
 
 
 class PeekSource:

@@ -1,6 +1,6 @@
-"""System calls the standard library lacks: openat2(2), syncfs(2).
+"""The system call the standard library lacks: openat2(2).
 
-Stateless and thread-safe; each call raises :class:`OSError` as the ``os`` module would.
+Stateless and thread-safe; raises :class:`OSError` as the ``os`` module would.
 """
 
 from __future__ import annotations
@@ -75,14 +75,3 @@ def openat2(dir_fd: int, path: bytes, flags: int, *, resolve: int, mode: int = 0
             missing="openat2",
         )
     raise OSError(number, os.strerror(number), os.fsdecode(path))
-
-
-def syncfs(fd: int) -> None:
-    """Write back the filesystem that holds ``fd``; errors of earlier write-back are raised here.
-
-    Raises:
-        OSError: a write failed, ENOSPC included.
-    """
-    if _libc.syncfs(ctypes.c_int(fd)) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))

@@ -141,7 +141,11 @@ _NO_EXTRA: Final = _Extra()
 
 def text(name: bytes) -> str:
     """A member's name for a message: printable, and short."""
-    shown = ascii(name.decode("utf-8", "backslashreplace"))[1:-1]
+    shown = name.decode("utf-8", "backslashreplace")
+    if not shown.isprintable():
+        shown = "".join(
+            one if one.isprintable() else one.encode("unicode_escape").decode() for one in shown
+        )
     return shown if len(shown) <= 200 else shown[:197] + "..."  # noqa: PLR2004 (a line)
 
 

@@ -66,16 +66,24 @@ def clear_directory(dir_fd: int, keep: Keep = _nothing) -> bool:
 
     Returns:
         Whether anything was kept.
+
+    Raises:
+        OSError: EBUSY where another filesystem is mounted in it, which is not entered.
     """
     fd = os.open(b".", OPEN_DIRECTORY, dir_fd=dir_fd)
     try:
-        stack = [_Frame(b"", os.fstat(fd).st_ino, entries(fd))]
+        status = os.fstat(fd)
+        device = status.st_dev
+        stack = [_Frame(b"", status.st_ino, entries(fd))]
         while True:
             frame = stack[-1]
             if frame.left:
                 name, is_directory = frame.left.pop()
                 if is_directory:
                     child, inode = open_directory(fd, name)
+                    if os.fstat(child).st_dev != device:
+                        os.close(child)
+                        raise OSError(errno.EBUSY, "something is mounted there", name)
                     os.close(fd)
                     fd = child
                     stack.append(_Frame(name, inode, entries(fd)))
