@@ -73,7 +73,7 @@ static int make_tables(struct tp_check *check, struct tp_error *err)
 	    !check->internals)
 		return tp_fail(err, TP_E_NO_MEMORY, "no memory to check %llu metadata blocks",
 			       (unsigned long long)nr);
-	return tp_check_counts_init(&check->counts, nr, err)
+	return tp_check_counts_init(&check->counts, nr, 0, err)
 		       ?: tp_check_space_maps_init(check, err);
 }
 
@@ -108,6 +108,7 @@ static int run(struct tp_check *check, struct tp_error *err)
 	if (check->has_held)
 		refer_trees(check, &check->held);
 	tp_check_walk(check);
+	tp_check_counts_merge(&check->data_counts);
 	rc = tp_check_devices(check, err);
 	if (!rc && !check->options.use_metadata_snapshot)
 		rc = tp_check_space_maps(check, err);

@@ -11,11 +11,21 @@ struct tp_check_carry {
 	uint64_t rounds; /* 0: an empty place */
 };
 
-int tp_check_counts_init(struct tp_check_counts *counts, uint64_t nr, struct tp_error *err)
+#define LANES_MAX        4u
+#define LANES_BLOCKS_MAX (UINT64_C(1) << 26) /* 64 MiB a lane */
+
+int tp_check_counts_init(struct tp_check_counts *counts, uint64_t nr, unsigned nr_threads,
+			 struct tp_error *err)
 {
-	*counts = (struct tp_check_counts){.nr = nr};
+	bool lanes = nr_threads >= 1 && nr_threads <= LANES_MAX && nr <= LANES_BLOCKS_MAX;
+
+	*counts = (struct tp_check_counts){
+		.nr = nr,
+		.nr_lanes = lanes ? nr_threads : 1,
+		.shared = !lanes,
+	};
 	pthread_mutex_init(&counts->lock, NULL);
-	counts->low = tp_walk_map(nr);
+	counts->low = tp_walk_map(nr * counts->nr_lanes);
 	if (!counts->low)
 		return tp_fail(err, TP_E_NO_MEMORY, "no memory to count references to %llu blocks",
 			       (unsigned long long)nr);
@@ -26,10 +36,33 @@ void tp_check_counts_deinit(struct tp_check_counts *counts)
 {
 	if (!counts->low)
 		return;
-	tp_walk_unmap(counts->low, counts->nr);
+	tp_walk_unmap(counts->low, counts->nr * counts->nr_lanes);
 	free(counts->carries);
 	pthread_mutex_destroy(&counts->lock);
 	counts->low = NULL;
+}
+
+#define CHUNK 4096u
+
+void tp_check_counts_merge(struct tp_check_counts *counts)
+{
+	for (unsigned lane = 1; lane < counts->nr_lanes; lane++) {
+		const uint8_t *more = counts->low + counts->nr * lane;
+
+		for (uint64_t at = 0; at < counts->nr; at += CHUNK) {
+			uint64_t end = counts->nr - at < CHUNK ? counts->nr : at + CHUNK;
+			uint8_t carried = 0;
+
+			/* Without a branch, so that it is vectorised. */
+			for (uint64_t i = at; i < end; i++) {
+				counts->low[i] = (uint8_t)(counts->low[i] + more[i]);
+				carried |= counts->low[i] < more[i];
+			}
+			for (uint64_t i = at; carried && i < end; i++)
+				if (counts->low[i] < more[i])
+					tp_check_counts_carry(counts, i);
+		}
+	}
 }
 
 static struct tp_check_carry *place(struct tp_check_carry *carries, uint64_t room, uint64_t block)

@@ -100,7 +100,7 @@ static int merge(struct tp_check *check, const struct tp_walk_superblock *superb
 static int check_source(struct tp_check *check, const struct tp_walk_superblock *superblock,
 			bool count, struct tp_error *err)
 {
-	struct stream mappings = {0}, details = {0};
+	struct stream mappings = { 0 }, details = { 0 };
 	int rc;
 
 	/* What is broken there has been reported; half a list would only raise false alarms. */

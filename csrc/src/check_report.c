@@ -119,7 +119,7 @@ const char *tp_check_type_name(uint32_t type)
 
 const char *tp_check_severity_name(uint32_t severity)
 {
-	static const char *const names[] = {NULL, "fatal", "leak", "note"};
+	static const char *const names[] = { NULL, "fatal", "leak", "note" };
 
 	return severity < sizeof(names) / sizeof(*names) ? names[severity] : NULL;
 }
@@ -515,7 +515,7 @@ static void describe_map(struct words *words, const struct tp_check_record *r)
 
 static void describe(const struct tp_check_record *r, char *text, size_t room)
 {
-	struct words words = {.text = text, .room = room};
+	struct words words = { .text = text, .room = room };
 
 	text[0] = '\0';
 	add_where(&words, r);

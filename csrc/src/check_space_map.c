@@ -411,7 +411,7 @@ int tp_check_space_maps_init(struct tp_check *check, struct tp_error *err)
 	nr_counted = data->nr_bitmaps * TP_BITMAP_ENTRIES;
 	return tp_check_counts_init(&check->data_counts,
 				    nr_counted < data->nr_blocks ? nr_counted : data->nr_blocks,
-				    err);
+				    tp_walk_team_size(tp_walk_reader_team(check->reader)), err);
 }
 
 void tp_check_space_maps_deinit(struct tp_check *check)

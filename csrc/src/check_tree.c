@@ -167,26 +167,53 @@ static void say_mapping(struct tp_check *check, enum tp_check_type type, uint64_
 	tp_check_report(check, record);
 }
 
-static void visit_mappings(struct tp_check *check, uint64_t block, const struct tp_walk_node *node)
+#define PREFETCH 12u /* entries ahead: data blocks of neighbours are anywhere */
+
+/* Faults of one entry; rare, so that the loop that counts stays small. */
+static void say_mapping_faults(struct tp_check *check, uint64_t block, uint64_t key,
+			       uint64_t data_block, uint32_t time)
+{
+	if (data_block >= check->nr_data_blocks)
+		say_mapping(check, TP_CHECK_MAPPING_PAST_END, block, key, data_block, data_block,
+			    check->nr_data_blocks);
+	if (time > check->live.time)
+		say_mapping(check, TP_CHECK_MAPPING_TIME, block, key, data_block, time,
+			    check->live.time);
+}
+
+static void visit_mappings(struct tp_check *check, unsigned thread, uint64_t block,
+			   const struct tp_walk_node *node)
 {
 	struct tp_check_counts *counts = &check->data_counts;
+	/* In locals: the bytes that are counted in could alias anything else. */
+	const uint8_t *values = node->values;
+	uint32_t nr = node->nr_entries;
 	uint64_t end = check->nr_data_blocks;
 	uint64_t nr_counted = check->data_map.compare_counts ? counts->nr : 0;
 	uint32_t time_max = check->live.time;
+	bool own_lane = !counts->shared;
+	uint8_t *lane = own_lane ? counts->low + counts->nr * thread : NULL;
 
-	for (uint32_t i = 0; i < node->nr_entries; i++) {
-		uint64_t value = tp_walk_value64(node, i);
+	for (uint32_t i = 0; i < nr; i++) {
+		uint64_t value = tp_walk_get64(values + 8 * (size_t)i);
 		uint64_t data_block = tp_mapping_block(value);
 		uint32_t time = tp_mapping_time(value);
 
-		if (__builtin_expect(data_block >= end, 0))
-			say_mapping(check, TP_CHECK_MAPPING_PAST_END, block, tp_walk_key(node, i),
-				    data_block, data_block, end);
-		if (__builtin_expect(time > time_max, 0))
-			say_mapping(check, TP_CHECK_MAPPING_TIME, block, tp_walk_key(node, i),
-				    data_block, time, time_max);
-		if (__builtin_expect(data_block < nr_counted, 1))
+		if (own_lane && i + PREFETCH < nr) {
+			uint64_t ahead = tp_mapping_block(
+				tp_walk_get64(values + 8 * (size_t)(i + PREFETCH)));
+
+			if (ahead < nr_counted)
+				__builtin_prefetch(&lane[ahead], 1);
+		}
+		if (__builtin_expect(data_block >= end || time > time_max, 0))
+			say_mapping_faults(check, block, tp_walk_key(node, i), data_block, time);
+		if (__builtin_expect(data_block >= nr_counted, 0))
+			continue;
+		if (!own_lane)
 			tp_check_counts_add(counts, data_block);
+		else if (__builtin_expect(++lane[data_block] == 0, 0))
+			tp_check_counts_carry(counts, data_block);
 	}
 }
 
@@ -219,15 +246,15 @@ static void visit_details(struct tp_check *check, uint64_t block, const struct t
 	}
 }
 
-static void visit_leaf(struct tp_check *check, enum tp_check_use use, uint64_t block,
-		       const struct tp_walk_node *node)
+static void visit_leaf(struct tp_check *check, unsigned thread, enum tp_check_use use,
+		       uint64_t block, const struct tp_walk_node *node)
 {
 	switch (use) {
 	case TP_USE_MAPPING_TOP_LEVEL:
 		visit_top_level(check, block, node);
 		break;
 	case TP_USE_DEVICE_TREE:
-		visit_mappings(check, block, node);
+		visit_mappings(check, thread, block, node);
 		break;
 	case TP_USE_DETAILS_TREE:
 		visit_details(check, block, node);
@@ -287,11 +314,10 @@ static void visit_node(void *argument, unsigned thread, uint64_t block, const vo
 	struct tp_check *check = argument;
 	enum tp_check_use use = check->uses[block];
 	struct tp_check_info *info = &check->infos[block];
-	struct tp_walk_fault fault = {.type = TP_CHECK_IO_ERROR, .key = UINT64_MAX};
+	struct tp_walk_fault fault = { .type = TP_CHECK_IO_ERROR, .key = UINT64_MAX };
 	struct tp_walk_node node;
 	uint8_t state = TP_INFO_USABLE;
 
-	(void)thread;
 	if (!data)
 		fault.found = (uint64_t)-status;
 	if (!data || !tp_walk_block_check(data, block, TP_SALT_NODE, &fault) ||
@@ -310,7 +336,7 @@ static void visit_node(void *argument, unsigned thread, uint64_t block, const vo
 	if (node.leaf) {
 		info->empty = node.nr_entries == 0;
 		info->nr_entries_below = node.nr_entries;
-		visit_leaf(check, use, block, &node);
+		visit_leaf(check, thread, use, block, &node);
 		state |= TP_INFO_DONE;
 	} else {
 		state |= TP_INFO_INTERNAL;
@@ -427,7 +453,7 @@ static void visit_again(void *argument, unsigned thread, uint64_t block, const v
 {
 	struct tp_check *check = argument;
 	enum tp_check_use use = check->uses[block];
-	struct tp_walk_fault fault = {.type = TP_CHECK_IO_ERROR, .key = UINT64_MAX};
+	struct tp_walk_fault fault = { .type = TP_CHECK_IO_ERROR, .key = UINT64_MAX };
 	struct tp_walk_node node;
 
 	(void)thread;

@@ -141,8 +141,8 @@ static int expand_batch(struct tp_delta *delta, const struct side *side, size_t 
 					   (unsigned long long)ref->block, side->height);
 		for (uint32_t k = 0; !rc && k < node.nr_entries; k++)
 			rc = add_child(delta, nodes, nr_nodes, room,
-				       (struct node_ref){.key = tp_walk_key(&node, k),
-							 .block = tp_walk_value64(&node, k)},
+				       (struct node_ref){ .key = tp_walk_key(&node, k),
+							  .block = tp_walk_value64(&node, k) },
 				       err);
 	}
 	free(slots);
@@ -248,7 +248,7 @@ static int side_init(struct tp_delta *delta, struct side *side, uint64_t root, s
 	side->statuses = malloc(WINDOW_LEAVES * sizeof(*side->statuses));
 	if (!side->nodes || !side->slots || !side->blocks || !side->statuses)
 		return tp_fail(err, TP_E_NO_MEMORY, "no memory for a delta");
-	side->nodes[0] = (struct node_ref){.key = 0, .block = root};
+	side->nodes[0] = (struct node_ref){ .key = 0, .block = root };
 	side->nr = 1;
 	return find_height(delta, root, &side->height, err);
 }

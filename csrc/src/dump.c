@@ -114,7 +114,7 @@ int tp_dump_select(struct tp_dump *dump, uint64_t device_id, struct tp_error *er
 	tp_walk_cursor_destroy(dump->cursor);
 	dump->cursor = NULL;
 	dump->leaf = NULL;
-	dump->run = (struct tp_dump_run){0};
+	dump->run = (struct tp_dump_run){ 0 };
 	dump->device_id = device_id;
 	return tp_walk_cursor_create(dump->reader, device->root, TP_MAPPING_VALUE_SIZE,
 				     &dump->cursor, err);

@@ -60,7 +60,7 @@ static int failed(struct exclusive *e, struct tp_error *err)
 static bool load(struct exclusive *e, uint64_t block, const void *data,
 		 struct tp_walk_node *node_ret)
 {
-	struct tp_error err = {0};
+	struct tp_error err = { 0 };
 	uint8_t again[TP_MD_BLOCK_SIZE] __attribute__((aligned(4096)));
 	int rc = data ? 0 : tp_walk_read(e->reader, block, again, &err);
 
@@ -79,7 +79,7 @@ static void mark(struct exclusive *e, uint64_t block, uint32_t label)
 	uint32_t before = 0;
 
 	if (block >= e->nr_blocks) {
-		struct tp_error err = {0};
+		struct tp_error err = { 0 };
 
 		tp_fail_block(&err, TP_E_NODE_MALFORMED, block, block, e->nr_blocks,
 			      "a pointer to metadata block %llu, of %llu",
@@ -134,7 +134,7 @@ static void visit_count(void *argument, unsigned thread, uint64_t block, const v
 		uint64_t data_block = tp_mapping_block(tp_walk_value64(&node, i));
 
 		if (data_block >= e->nr_data_blocks) {
-			struct tp_error err = {0};
+			struct tp_error err = { 0 };
 
 			tp_fail_block(&err, TP_E_MAPPING_OUT_OF_RANGE, block, data_block,
 				      e->nr_data_blocks,
@@ -227,7 +227,7 @@ static struct wanted_id *sort_ids(const uint64_t *ids, size_t nr_ids, bool set,
 		return NULL;
 	}
 	for (size_t i = 0; i < nr_ids; i++)
-		wanted[i] = (struct wanted_id){ids[i], set ? 1 : (uint32_t)i + 1};
+		wanted[i] = (struct wanted_id){ ids[i], set ? 1 : (uint32_t)i + 1 };
 	qsort(wanted, nr_ids, sizeof(*wanted), compare_wanted);
 	return wanted;
 }
@@ -287,7 +287,7 @@ static int make_tables(struct exclusive *e, const struct tp_walk_superblock *liv
 		return tp_fail(err, TP_E_NO_MEMORY, "no memory for %llu metadata blocks",
 			       (unsigned long long)e->nr_blocks);
 	if (e->set) {
-		int rc = tp_check_counts_init(&e->ours, e->nr_data_blocks, err);
+		int rc = tp_check_counts_init(&e->ours, e->nr_data_blocks, 0, err);
 
 		e->claimed = tp_walk_map(tp_walk_words(e->nr_data_blocks) * 8);
 		if (!rc && !e->claimed)
@@ -296,7 +296,7 @@ static int make_tables(struct exclusive *e, const struct tp_walk_superblock *liv
 		if (rc)
 			return rc;
 	}
-	return tp_check_counts_init(&e->total, e->nr_data_blocks, err);
+	return tp_check_counts_init(&e->total, e->nr_data_blocks, 0, err);
 }
 
 static int work(struct exclusive *e, bool use_metadata_snapshot, const struct wanted_id *wanted,
@@ -323,7 +323,7 @@ static int work(struct exclusive *e, bool use_metadata_snapshot, const struct wa
 static int exclusive(struct tp_bdev *metadata, bool use_metadata_snapshot, bool set,
 		     const uint64_t *ids, size_t nr_ids, uint64_t *blocks_ret, struct tp_error *err)
 {
-	struct exclusive e = {.set = set, .blocks = blocks_ret};
+	struct exclusive e = { .set = set, .blocks = blocks_ret };
 	struct wanted_id *wanted = sort_ids(ids, nr_ids, set, err);
 	uint64_t bytes;
 	int rc = 0;

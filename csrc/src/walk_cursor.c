@@ -35,7 +35,7 @@ static void drop_level(struct level *level)
 	free(level->slots);
 	free(level->blocks);
 	free(level->statuses);
-	*level = (struct level){0};
+	*level = (struct level){ 0 };
 }
 
 /* node NULL: the root itself. */
@@ -350,7 +350,7 @@ int tp_walk_devices(struct tp_walk_reader *reader, const struct tp_walk_superblo
 		    struct tp_walk_device **devices_ret, uint64_t *nr_devices_ret,
 		    struct tp_error *err)
 {
-	struct device_list list = {0};
+	struct device_list list = { 0 };
 	int rc = collect(reader, superblock->mapping_root, false, &list, err);
 
 	if (!rc)

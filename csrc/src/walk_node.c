@@ -11,7 +11,7 @@ bool tp_walk_block_check(const void *data, uint64_t block, uint32_t salt,
 		tp_crc32c(UINT32_MAX, (const uint8_t *)data + TP_CSUM_SKIP, TP_CSUM_LENGTH) ^ salt;
 	uint32_t found = tp_le32_get(header->csum);
 
-	*fault = (struct tp_walk_fault){.key = UINT64_MAX};
+	*fault = (struct tp_walk_fault){ .key = UINT64_MAX };
 	if (found != wanted) {
 		fault->type = TP_CHECK_CHECKSUM;
 		fault->found = found;

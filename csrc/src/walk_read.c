@@ -3,10 +3,13 @@
  * Visiting a set of metadata blocks in large sequential reads.
  *
  * The set is a bitmap, so that any order of discovery becomes the order of the disk. Wanted blocks
- * that lie close together are one read, the few between them read along and dropped. Each thread
- * takes the next such extent, reads it into a buffer of its own and visits its blocks: while one
- * computes, another reads.
+ * that lie close together are one extent and one read, the few between them read along and dropped.
+ * Each thread takes the next extents, keeps DEPTH of them in flight through a ring of its own, and
+ * hands out one while the others are read: neither the disk nor a processor waits for the other.
+ * Where there is no ring to be had (a device without a descriptor, io_uring forbidden), and for a
+ * few blocks, it reads one extent after the other.
  */
+#include <liburing.h>
 #include <pthread.h>
 #include <stdlib.h>
 
@@ -16,19 +19,32 @@
 
 #define EXTENT_BLOCKS 128u /* at most: 512 KiB, past which a read gains nothing */
 #define GAP_BLOCKS    8u   /* read along rather than start another read */
+#define DEPTH         4u   /* extents in flight, a thread */
+#define RING_BLOCKS   128u /* fewer are not worth a ring */
+
+/* What one thread reads with. */
+struct lane {
+	struct io_uring ring;
+	enum {
+		RING_UNTRIED,
+		RING_READY,
+		RING_NONE
+	} state;
+};
 
 struct tp_walk_reader {
 	struct tp_bdev *bdev;
 	struct tp_walk_team *team;
 	uint64_t nr_blocks;
-	uint8_t *buffers;
+	uint8_t *buffers; /* DEPTH a thread */
+	struct lane *lanes;
 	_Atomic uint64_t done;
 	_Atomic bool cancelled;
 };
 
 static uint64_t buffers_size(unsigned nr_threads)
 {
-	return (uint64_t)nr_threads * EXTENT_BLOCKS * TP_MD_BLOCK_SIZE;
+	return (uint64_t)nr_threads * DEPTH * EXTENT_BLOCKS * TP_MD_BLOCK_SIZE;
 }
 
 int tp_walk_reader_create(struct tp_bdev *bdev, unsigned nr_threads,
@@ -49,7 +65,8 @@ int tp_walk_reader_create(struct tp_bdev *bdev, unsigned nr_threads,
 		return rc;
 	}
 	reader->buffers = tp_walk_map(buffers_size(nr_threads));
-	if (!reader->buffers) {
+	reader->lanes = calloc(nr_threads, sizeof(*reader->lanes));
+	if (!reader->buffers || !reader->lanes) {
 		tp_walk_reader_destroy(reader);
 		return tp_fail(err, TP_E_NO_MEMORY, "no memory for read buffers");
 	}
@@ -61,6 +78,10 @@ void tp_walk_reader_destroy(struct tp_walk_reader *reader)
 {
 	if (!reader)
 		return;
+	for (unsigned i = 0; reader->lanes && i < tp_walk_team_size(reader->team); i++)
+		if (reader->lanes[i].state == RING_READY)
+			io_uring_queue_exit(&reader->lanes[i].ring);
+	free(reader->lanes);
 	tp_walk_unmap(reader->buffers, buffers_size(tp_walk_team_size(reader->team)));
 	tp_walk_team_destroy(reader->team);
 	free(reader);
@@ -120,10 +141,143 @@ int tp_walk_read(struct tp_walk_reader *reader, uint64_t block, void *buffer, st
 	return tp_bdev_read(reader->bdev, block * TP_MD_BLOCK_SIZE, buffer, TP_MD_BLOCK_SIZE, err);
 }
 
+/* ---- extents ----------------------------------------------------------------------------- */
+
+/*
+ * What is read, and what becomes of it. take gives the next extent [*begin_ret, end), end equal to
+ * begin when there is none; *cookie_ret is handed to give. give gets NULL where the extent could
+ * not be read whole: it then reads block by block, since one bad sector must not take its
+ * neighbours along.
+ */
+struct stream {
+	struct tp_walk_reader *reader;
+	uint64_t (*take)(struct stream *stream, uint64_t *begin_ret, size_t *cookie_ret);
+	void (*give)(struct stream *stream, unsigned thread, uint64_t begin, uint64_t end,
+		     size_t cookie, const uint8_t *data);
+	bool use_rings;
+};
+
+struct extent {
+	uint64_t begin;
+	uint64_t end;
+	size_t cookie;
+};
+
+static uint8_t *buffer_of(struct tp_walk_reader *reader, unsigned thread, unsigned slot)
+{
+	return reader->buffers + ((size_t)thread * DEPTH + slot) * EXTENT_BLOCKS * TP_MD_BLOCK_SIZE;
+}
+
+static bool on_device(const struct tp_walk_reader *reader, const struct extent *extent)
+{
+	return extent->end <= reader->nr_blocks;
+}
+
+static size_t bytes_of(const struct extent *extent)
+{
+	return (size_t)(extent->end - extent->begin) * TP_MD_BLOCK_SIZE;
+}
+
+static bool take(struct stream *stream, struct extent *extent)
+{
+	if (tp_walk_cancelled(stream->reader))
+		return false;
+	extent->end = stream->take(stream, &extent->begin, &extent->cookie);
+	return extent->end > extent->begin;
+}
+
+static void read_in_turn(struct stream *stream, unsigned thread)
+{
+	struct tp_walk_reader *reader = stream->reader;
+	uint8_t *buffer = buffer_of(reader, thread, 0);
+	struct extent extent;
+
+	while (take(stream, &extent)) {
+		bool whole = on_device(reader, &extent) &&
+			     !tp_bdev_read(reader->bdev, extent.begin * TP_MD_BLOCK_SIZE, buffer,
+					   bytes_of(&extent), NULL);
+
+		stream->give(stream, thread, extent.begin, extent.end, extent.cookie,
+			     whole ? buffer : NULL);
+	}
+}
+
+static bool ring_ready(struct tp_walk_reader *reader, struct lane *lane)
+{
+	if (lane->state == RING_UNTRIED)
+		lane->state =
+			reader->bdev->fd >= 0 && io_uring_queue_init(DEPTH, &lane->ring, 0) == 0
+				? RING_READY
+				: RING_NONE;
+	return lane->state == RING_READY;
+}
+
+/* Start reading the next extent into a slot; false when there is none. */
+static bool start(struct stream *stream, unsigned thread, unsigned slot, struct extent *extents)
+{
+	struct tp_walk_reader *reader = stream->reader;
+	struct extent *extent = &extents[slot];
+	struct io_uring_sqe *sqe;
+
+	while (take(stream, extent)) {
+		if (!on_device(reader, extent)) {
+			stream->give(stream, thread, extent->begin, extent->end, extent->cookie,
+				     NULL);
+			continue;
+		}
+		sqe = io_uring_get_sqe(&reader->lanes[thread].ring);
+		TP_ASSERT(sqe); /* no more than DEPTH are in flight */
+		io_uring_prep_read(sqe, reader->bdev->fd, buffer_of(reader, thread, slot),
+				   (unsigned)bytes_of(extent), extent->begin * TP_MD_BLOCK_SIZE);
+		io_uring_sqe_set_data64(sqe, slot);
+		return true;
+	}
+	return false;
+}
+
+/* Nothing is left in flight on return. */
+static void read_ahead(struct stream *stream, unsigned thread)
+{
+	struct tp_walk_reader *reader = stream->reader;
+	struct io_uring *ring = &reader->lanes[thread].ring;
+	struct extent extents[DEPTH];
+	unsigned nr_flying = 0;
+
+	while (nr_flying < DEPTH && start(stream, thread, nr_flying, extents))
+		nr_flying++;
+	while (nr_flying) {
+		struct io_uring_cqe *cqe;
+		unsigned slot;
+		bool whole;
+		int rc = io_uring_submit_and_wait(ring, 1);
+
+		/* Submitting can only fail for want of memory or by a signal: try again. */
+		if (rc < 0 || io_uring_peek_cqe(ring, &cqe))
+			continue;
+		slot = (unsigned)io_uring_cqe_get_data64(cqe);
+		whole = cqe->res >= 0 && (size_t)cqe->res == bytes_of(&extents[slot]);
+		io_uring_cqe_seen(ring, cqe);
+		stream->give(stream, thread, extents[slot].begin, extents[slot].end,
+			     extents[slot].cookie, whole ? buffer_of(reader, thread, slot) : NULL);
+		if (!start(stream, thread, slot, extents))
+			nr_flying--;
+	}
+}
+
+static void read_extents(void *argument, unsigned thread)
+{
+	struct stream *stream = argument;
+
+	if (stream->use_rings && ring_ready(stream->reader, &stream->reader->lanes[thread]))
+		read_ahead(stream, thread);
+	else
+		read_in_turn(stream, thread);
+}
+
 /* ---- visiting ---------------------------------------------------------------------------- */
 
 struct visiting {
-	struct tp_walk_reader *reader;
+	struct stream stream;
 	const uint64_t *bits;
 	uint64_t nr_bits;
 	tp_walk_visit visit;
@@ -132,11 +286,12 @@ struct visiting {
 	uint64_t next; /* under lock: where the next extent is looked for */
 };
 
-/* The next wanted blocks that are worth one read: [*begin_ret, end), end == begin at the end. */
-static uint64_t take_extent(struct visiting *v, uint64_t *begin_ret)
+static uint64_t take_marked(struct stream *stream, uint64_t *begin_ret, size_t *cookie_ret)
 {
+	struct visiting *v = (struct visiting *)stream;
 	uint64_t begin, end, wanted;
 
+	*cookie_ret = 0;
 	pthread_mutex_lock(&v->lock);
 	begin = tp_walk_bit_next(v->bits, v->next, v->nr_bits);
 	end = begin;
@@ -152,48 +307,50 @@ static uint64_t take_extent(struct visiting *v, uint64_t *begin_ret)
 	return end;
 }
 
-static void visit_singly(struct visiting *v, unsigned thread, uint64_t begin, uint64_t end,
-			 uint8_t *buffer)
+static void give_marked(struct stream *stream, unsigned thread, uint64_t begin, uint64_t end,
+			size_t cookie, const uint8_t *data)
 {
-	for (uint64_t block = tp_walk_bit_next(v->bits, begin, end); block < end;
-	     block = tp_walk_bit_next(v->bits, block + 1, end)) {
-		int status = tp_walk_read(v->reader, block, buffer, NULL);
+	struct visiting *v = (struct visiting *)stream;
+	struct tp_walk_reader *reader = stream->reader;
+	uint8_t single[TP_MD_BLOCK_SIZE] __attribute__((aligned(4096)));
+	uint64_t visited = 0;
 
-		v->visit(v->argument, thread, block, status ? NULL : buffer, status);
+	(void)cookie;
+	for (uint64_t block = begin; block < end;
+	     block = tp_walk_bit_next(v->bits, block + 1, end)) {
+		int status = 0;
+
+		if (!data)
+			status = tp_walk_read(reader, block, single, NULL);
+		v->visit(v->argument, thread, block,
+			 data     ? data + (block - begin) * TP_MD_BLOCK_SIZE
+			 : status ? NULL
+				  : single,
+			 status);
+		visited++;
 	}
+	atomic_fetch_add_explicit(&reader->done, visited, memory_order_relaxed);
 }
 
-static void visit_extents(void *argument, unsigned thread)
+static bool many(const uint64_t *bits, uint64_t nr_bits)
 {
-	struct visiting *v = argument;
-	struct tp_walk_reader *reader = v->reader;
-	uint8_t *buffer = reader->buffers + (size_t)thread * EXTENT_BLOCKS * TP_MD_BLOCK_SIZE;
-	uint64_t begin, end, block, visited;
+	uint64_t nr = 0;
 
-	while (!tp_walk_cancelled(reader) && (end = take_extent(v, &begin)) > begin) {
-		if (end > reader->nr_blocks ||
-		    tp_bdev_read(reader->bdev, begin * TP_MD_BLOCK_SIZE, buffer,
-				 (end - begin) * TP_MD_BLOCK_SIZE, NULL)) {
-			/* One bad sector must not take its neighbours along. */
-			visit_singly(v, thread, begin, end, buffer);
-			continue;
-		}
-		visited = 0;
-		for (block = begin; block < end;
-		     block = tp_walk_bit_next(v->bits, block + 1, end)) {
-			v->visit(v->argument, thread, block,
-				 buffer + (block - begin) * TP_MD_BLOCK_SIZE, 0);
-			visited++;
-		}
-		atomic_fetch_add_explicit(&reader->done, visited, memory_order_relaxed);
-	}
+	for (uint64_t word = 0; word < tp_walk_words(nr_bits) && nr < RING_BLOCKS; word++)
+		nr += (unsigned)__builtin_popcountll(bits[word]);
+	return nr >= RING_BLOCKS;
 }
 
 void tp_walk_blocks(struct tp_walk_reader *reader, const uint64_t *bits, uint64_t nr_bits,
 		    tp_walk_visit visit, void *argument)
 {
 	struct visiting v = {
-		.reader = reader,
+		.stream = {
+			.reader = reader,
+			.take = take_marked,
+			.give = give_marked,
+			.use_rings = many(bits, nr_bits),
+		},
 		.bits = bits,
 		.nr_bits = nr_bits,
 		.visit = visit,
@@ -201,7 +358,7 @@ void tp_walk_blocks(struct tp_walk_reader *reader, const uint64_t *bits, uint64_
 		.lock = PTHREAD_MUTEX_INITIALIZER,
 	};
 
-	tp_walk_team_run(reader->team, visit_extents, &v);
+	tp_walk_team_run(reader->team, read_extents, &v.stream);
 	pthread_mutex_destroy(&v.lock);
 }
 
@@ -213,7 +370,7 @@ struct wanted {
 };
 
 struct listing {
-	struct tp_walk_reader *reader;
+	struct stream stream;
 	const struct wanted *wanted; /* sorted by block */
 	size_t nr_wanted;
 	uint8_t *slots;
@@ -229,9 +386,10 @@ static int compare_wanted(const void *a, const void *b)
 	return (left->block > right->block) - (left->block < right->block);
 }
 
-/* Entries [*first_ret, end) of the sorted list are one read. */
-static size_t take_wanted(struct listing *l, size_t *first_ret)
+/* The cookie is the extent's first entry of the list. */
+static uint64_t take_listed(struct stream *stream, uint64_t *begin_ret, size_t *cookie_ret)
 {
+	struct listing *l = (struct listing *)stream;
 	size_t first, end;
 
 	pthread_mutex_lock(&l->lock);
@@ -243,37 +401,34 @@ static size_t take_wanted(struct listing *l, size_t *first_ret)
 		end++;
 	l->next = end;
 	pthread_mutex_unlock(&l->lock);
-	*first_ret = first;
-	return end;
+	*cookie_ret = first;
+	*begin_ret = 0;
+	if (end == first)
+		return 0;
+	*begin_ret = l->wanted[first].block;
+	/* A pointer of all ones has no block after it: an extent past any device will do. */
+	return l->wanted[end - 1].block == UINT64_MAX ? UINT64_MAX : l->wanted[end - 1].block + 1;
 }
 
-static void read_listed(void *argument, unsigned thread)
+static void give_listed(struct stream *stream, unsigned thread, uint64_t begin, uint64_t end,
+			size_t cookie, const uint8_t *data)
 {
-	struct listing *l = argument;
-	struct tp_walk_reader *reader = l->reader;
-	uint8_t *buffer = reader->buffers + (size_t)thread * EXTENT_BLOCKS * TP_MD_BLOCK_SIZE;
-	size_t first, end;
+	struct listing *l = (struct listing *)stream;
+	size_t i = cookie;
 
-	while ((end = take_wanted(l, &first)) > first) {
-		uint64_t begin = l->wanted[first].block;
-		uint64_t length = l->wanted[end - 1].block - begin + 1;
-		bool whole = begin < reader->nr_blocks && length <= reader->nr_blocks - begin &&
-			     !tp_bdev_read(reader->bdev, begin * TP_MD_BLOCK_SIZE, buffer,
-					   length * TP_MD_BLOCK_SIZE, NULL);
+	(void)thread;
+	for (; i < l->nr_wanted && l->wanted[i].block >= begin && l->wanted[i].block < end; i++) {
+		const struct wanted *w = &l->wanted[i];
+		uint8_t *slot = l->slots + w->slot * TP_MD_BLOCK_SIZE;
 
-		for (size_t i = first; i < end; i++) {
-			const struct wanted *w = &l->wanted[i];
-			uint8_t *slot = l->slots + w->slot * TP_MD_BLOCK_SIZE;
-
-			l->statuses[w->slot] = 0;
-			if (whole)
-				memcpy(slot, buffer + (w->block - begin) * TP_MD_BLOCK_SIZE,
-				       TP_MD_BLOCK_SIZE);
-			else
-				l->statuses[w->slot] = tp_walk_read(reader, w->block, slot, NULL);
-		}
-		atomic_fetch_add_explicit(&reader->done, end - first, memory_order_relaxed);
+		l->statuses[w->slot] = 0;
+		if (data)
+			memcpy(slot, data + (w->block - begin) * TP_MD_BLOCK_SIZE,
+			       TP_MD_BLOCK_SIZE);
+		else
+			l->statuses[w->slot] = tp_walk_read(stream->reader, w->block, slot, NULL);
 	}
+	atomic_fetch_add_explicit(&stream->reader->done, i - cookie, memory_order_relaxed);
 }
 
 int tp_walk_read_list(struct tp_walk_reader *reader, const uint64_t *blocks, size_t nr_blocks,
@@ -281,7 +436,12 @@ int tp_walk_read_list(struct tp_walk_reader *reader, const uint64_t *blocks, siz
 {
 	struct wanted *wanted = malloc((nr_blocks ? nr_blocks : 1) * sizeof(*wanted));
 	struct listing l = {
-		.reader = reader,
+		.stream = {
+			.reader = reader,
+			.take = take_listed,
+			.give = give_listed,
+			.use_rings = nr_blocks >= RING_BLOCKS,
+		},
 		.wanted = wanted,
 		.nr_wanted = nr_blocks,
 		.slots = slots,
@@ -291,13 +451,16 @@ int tp_walk_read_list(struct tp_walk_reader *reader, const uint64_t *blocks, siz
 
 	if (!wanted)
 		return tp_fail(err, TP_E_NO_MEMORY, "no memory to read %zu blocks", nr_blocks);
-	for (size_t i = 0; i < nr_blocks; i++)
-		wanted[i] = (struct wanted){.block = blocks[i], .slot = i};
+	/* What is never reached, since the walk was cancelled, was not read. */
+	for (size_t i = 0; i < nr_blocks; i++) {
+		wanted[i] = (struct wanted){ .block = blocks[i], .slot = i };
+		statuses[i] = TP_E_INTERRUPTED;
+	}
 	qsort(wanted, nr_blocks, sizeof(*wanted), compare_wanted);
-	if (nr_blocks > EXTENT_BLOCKS)
-		tp_walk_team_run(reader->team, read_listed, &l);
+	if (nr_blocks >= RING_BLOCKS)
+		tp_walk_team_run(reader->team, read_extents, &l.stream);
 	else
-		read_listed(&l, 0); /* waking the others would cost more than the read */
+		read_extents(&l.stream, 0); /* waking the others would cost more than the read */
 	pthread_mutex_destroy(&l.lock);
 	free(wanted);
 	return 0;

@@ -26,11 +26,16 @@
 
 /*
  * One byte a block, and a table for those that went past it. Grows only in memory that is touched.
- * Atomic; tp_check_counts_get only while nobody adds.
+ *
+ * Counting is what a check does most, at random places, and an atomic addition would keep the
+ * processor from overlapping these. So each thread may have bytes of its own, a lane, that
+ * tp_check_counts_merge adds up. tp_check_counts_get only while nobody adds, and after the merge.
  */
 struct tp_check_counts {
-	uint8_t *low;
+	uint8_t *low; /* the lanes, one after the other */
 	uint64_t nr;
+	unsigned nr_lanes;
+	bool shared; /* by all threads, atomically: one lane */
 	pthread_mutex_t lock;
 	struct tp_check_carry *carries; /* open addressing; under lock */
 	uint64_t nr_carries;
@@ -38,12 +43,15 @@ struct tp_check_counts {
 	_Atomic bool failed; /* out of memory: the counts are of no use */
 };
 
-int tp_check_counts_init(struct tp_check_counts *counts, uint64_t nr, struct tp_error *err);
+/* Lanes for so many threads, where that costs little; 0: all share. */
+int tp_check_counts_init(struct tp_check_counts *counts, uint64_t nr, unsigned nr_threads,
+			 struct tp_error *err);
 void tp_check_counts_deinit(struct tp_check_counts *counts);
+void tp_check_counts_merge(struct tp_check_counts *counts);
 void tp_check_counts_carry(struct tp_check_counts *counts, uint64_t block);
 uint64_t tp_check_counts_get(const struct tp_check_counts *counts, uint64_t block);
 
-/* One more; true when it is the first. block < nr. */
+/* One more, of counts that are shared; true when it is the first. block < nr. */
 static inline bool tp_check_counts_add(struct tp_check_counts *counts, uint64_t block)
 {
 	uint8_t before = __atomic_fetch_add(&counts->low[block], 1, __ATOMIC_RELAXED);
