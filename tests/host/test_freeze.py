@@ -90,7 +90,7 @@ def test_what_is_copied_while_frozen_is_clean(mounted, directory, work):
     copy = str(work / "copy")
     try:
         time.sleep(0.1)
-        with FreezeGuard(protect=["/"]) as guard:
+        with FreezeGuard(protect=["/"], bound=60) as guard:
             assert guard.freeze(mounted.device).state is FreezeState.FROZEN
             subprocess.run(["cp", "--sparse=always", mounted.backing_file, copy], check=True)
             assert guard.thaw(mounted.device) is True
