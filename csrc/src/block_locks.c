@@ -131,6 +131,13 @@ void tp_block_lock_exclusive(struct tp_block_locks *locks, uint32_t index)
 	}
 }
 
+bool tp_block_lock_try_exclusive(struct tp_block_locks *locks, uint32_t index)
+{
+	uint32_t free = 0;
+
+	return atomic_compare_exchange_strong(&locks->locks[index].word, &free, EXCLUSIVE);
+}
+
 void tp_block_unlock_exclusive(struct tp_block_locks *locks, uint32_t index)
 {
 	_Atomic uint32_t *word = &locks->locks[index].word;

@@ -25,6 +25,7 @@ bool tp_block_lock_try_shared(struct tp_block_locks *locks, uint32_t index);
 void tp_block_lock_shared(struct tp_block_locks *locks, uint32_t index);
 void tp_block_unlock_shared(struct tp_block_locks *locks, uint32_t index);
 void tp_block_lock_exclusive(struct tp_block_locks *locks, uint32_t index);
+bool tp_block_lock_try_exclusive(struct tp_block_locks *locks, uint32_t index);
 void tp_block_unlock_exclusive(struct tp_block_locks *locks, uint32_t index);
 
 #endif

@@ -385,6 +385,12 @@ int tp_data_map_reserve(struct tp_data_map *map, uint64_t *block_ret)
 	return tp_allocator_alloc(map->allocator, block_ret);
 }
 
+int tp_data_map_reserve_some(struct tp_data_map *map, uint64_t want, uint64_t *begin_ret,
+			     uint64_t *length_ret)
+{
+	return tp_allocator_alloc_run(map->allocator, want, begin_ret, length_ret);
+}
+
 int tp_data_map_reserve_run(struct tp_data_map *map, uint64_t begin, uint64_t length)
 {
 	return tp_allocator_take(map->allocator, begin, length);

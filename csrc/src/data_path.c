@@ -19,6 +19,7 @@
 
 #define COPY_BYTES      (UINT32_C(1) << 20)
 #define IO_BUFFER_ALIGN 4096u
+#define RUN_MAX         32u /* blocks written or unmapped in one turn */
 
 struct span { /* a part of one volume block */
 	uint64_t block;
@@ -426,6 +427,135 @@ static int write_span(struct tp_volume *volume, struct span s, const uint8_t *da
 	}
 }
 
+/* ---- several new blocks at once ----------------------------------------------------------- */
+
+/* A run of blocks of one volume that this thread has locked exclusively. */
+struct locked_run {
+	uint64_t first;
+	uint32_t count;
+	uint32_t locks[RUN_MAX];
+};
+
+/* Only trying, after the first: whoever holds a block lock never waits for another. */
+static bool lock_next(struct tp_volume *volume, struct locked_run *run)
+{
+	uint32_t lock = tp_block_lock_index(volume->id, run->first + run->count);
+
+	if (!run->count)
+		tp_block_lock_exclusive(volume->pool->locks, lock);
+	else if (!tp_block_lock_try_exclusive(volume->pool->locks, lock))
+		return false;
+	run->locks[run->count++] = lock;
+	return true;
+}
+
+static void unlock_last(struct tp_volume *volume, struct locked_run *run)
+{
+	tp_block_unlock_exclusive(volume->pool->locks, run->locks[--run->count]);
+}
+
+static bool wants_new_block(struct tp_volume *volume, uint64_t block)
+{
+	uint64_t entry;
+
+	return !tp_cache_load(volume, block, &entry, NULL) &&
+	       (!tp_entry_mapped(entry) || tp_entry_shared(volume, entry));
+}
+
+/* As many of the run's blocks as there are free neighbours. */
+static bool reserve_neighbours(struct tp_pool *pool, uint32_t want, struct tp_run *got_ret)
+{
+	struct tp_data_map *map = tp_md_data_map(pool->md);
+	bool got;
+	uint64_t i;
+
+	pthread_mutex_lock(&pool->md_lock);
+	got = !tp_pool_check_writable(pool, NULL) && tp_md_has_room(pool->md, false) == 1 &&
+	      tp_redo_has_room(pool->redo, 2 * RUN_MAX) &&
+	      tp_data_map_nr_allocatable(map) > pool->options.low_water_blocks + want &&
+	      !tp_data_map_reserve_some(map, want, &got_ret->begin, &got_ret->length);
+	for (i = 0; got && i < got_ret->length; i++)
+		(void)take_hole_bit(pool, got_ret->begin + i);
+	pthread_mutex_unlock(&pool->md_lock);
+	return got;
+}
+
+/* Map the run's blocks to the reserved ones; those that could not be are given back. */
+static uint32_t insert_run(struct tp_volume *volume, const struct locked_run *run,
+			   struct tp_run blocks)
+{
+	struct tp_pool *pool = volume->pool;
+	uint64_t value, old;
+	uint32_t i;
+	int r = 0;
+
+	pthread_mutex_lock(&pool->md_lock);
+	for (i = 0; i < blocks.length && !r; i++) {
+		if (tp_pool_check_writable(pool, NULL) || !tp_redo_has_room(pool->redo, 1) ||
+		    tp_md_has_room(pool->md, false) != 1)
+			break;
+		old = tp_cache_get(volume, run->first + i);
+		r = tp_md_insert(pool->md, volume->device, run->first + i, blocks.begin + i, &value,
+				 NULL);
+		if (r) {
+			tp_pool_failed(pool, r);
+			break;
+		}
+		tp_redo_append(pool->redo, TP_REDO_PROVISION, volume->id, run->first + i,
+			       blocks.begin + i);
+		tp_cache_put(volume, run->first + i, value + CACHE_BIAS);
+		atomic_fetch_add(tp_entry_mapped(old) ? &pool->broke_sharing : &pool->provisioned,
+				 1);
+	}
+	if (i) {
+		atomic_store(&volume->changed_in, tp_md_transaction(pool->md));
+		tp_pool_dirtied(pool);
+	}
+	/* After a failed insert its block may be half accounted for; nothing is allocated any more. */
+	if (!r && i < blocks.length)
+		tp_data_map_unreserve(tp_md_data_map(pool->md), blocks.begin + i,
+				      blocks.length - i);
+	tp_md_trim(pool->md);
+	pthread_mutex_unlock(&pool->md_lock);
+	return i;
+}
+
+/*
+ * The beginning of a write of whole blocks that all need a new one, in one write to the device and
+ * one turn at the metadata. How many blocks were done; 0 leaves it to the one-block path, which
+ * knows what to do about every obstacle.
+ */
+static uint32_t write_new_blocks(struct tp_volume *volume, uint64_t first, uint64_t max,
+				 const uint8_t *data)
+{
+	struct tp_pool *pool = volume->pool;
+	struct locked_run run = { .first = first };
+	struct tp_run blocks = { 0 };
+	uint32_t slot = tp_gate_enter(volume), done = 0;
+
+	while (run.count < RUN_MAX && run.count < max && lock_next(volume, &run)) {
+		if (!wants_new_block(volume, first + run.count - 1)) {
+			unlock_last(volume, &run);
+			break;
+		}
+	}
+	if (run.count > 1 && reserve_neighbours(pool, run.count, &blocks)) {
+		if (!tp_bdev_write(pool->data_bdev, blocks.begin * pool->block_size, data,
+				   blocks.length * pool->block_size, NULL)) {
+			done = insert_run(volume, &run, blocks);
+		} else {
+			pthread_mutex_lock(&pool->md_lock);
+			tp_data_map_unreserve(tp_md_data_map(pool->md), blocks.begin,
+					      blocks.length);
+			pthread_mutex_unlock(&pool->md_lock);
+		}
+	}
+	while (run.count)
+		unlock_last(volume, &run);
+	tp_gate_leave(volume, slot);
+	return done;
+}
+
 int tp_volume_write(struct tp_volume *volume, uint64_t offset, const void *buffer, size_t length,
 		    struct tp_error *err)
 {
@@ -435,93 +565,113 @@ int tp_volume_write(struct tp_volume *volume, uint64_t offset, const void *buffe
 	if (!r && volume->read_only)
 		return tp_fail(err, TP_E_READ_ONLY, "volume %u is open read-only", volume->id);
 	while (!r && length) {
+		uint64_t size = volume->pool->block_size;
 		struct span s = span_at(volume->pool, offset, length);
+		uint64_t done = 0;
 
-		r = write_span(volume, s, from, err);
-		from += s.length;
-		offset += s.length;
-		length -= s.length;
+		if (!s.within && length >= 2 * size)
+			done = write_new_blocks(volume, s.block, length / size, from) * size;
+		if (!done) {
+			r = write_span(volume, s, from, err);
+			done = s.length;
+		}
+		from += done;
+		offset += done;
+		length -= done;
 	}
 	return r;
 }
 
 /* ---- discard and zero --------------------------------------------------------------------- */
 
+/* Under md_lock and the block's lock. TP_E_KEY_NOT_FOUND: it is not mapped. */
 static int remove_mapping(struct tp_volume *volume, uint64_t block, struct tp_error *err)
 {
 	struct tp_pool *pool = volume->pool;
-	int room, r;
+	int room, r = tp_pool_check_writable(pool, err);
 
-	pthread_mutex_lock(&pool->md_lock);
-	r = tp_pool_check_writable(pool, err);
+	if (r)
+		return r;
 	/* Unmapping frees space: it may use the reserve. */
-	room = r ? 0 : tp_md_has_room(pool->md, true);
-	if (!r && !room)
-		r = tp_fail(err, TP_E_METADATA_SPACE, "the metadata's reserve is used up");
-	if (!r && (room < 0 || !tp_redo_has_room(pool->redo, 1)))
-		r = NEEDS_COMMIT;
-	if (!r) {
-		r = tp_md_remove(pool->md, volume->device, block, err);
-		if (!r) {
-			tp_redo_append(pool->redo, TP_REDO_UNMAP, volume->id, block, 0);
-			tp_cache_put(volume, block, CACHE_UNMAPPED);
-			atomic_store(&volume->changed_in, tp_md_transaction(pool->md));
-			atomic_fetch_add(&pool->discarded, 1);
-			tp_pool_dirtied(pool);
-			tp_md_trim(pool->md);
-		} else if (r != TP_E_KEY_NOT_FOUND) {
-			r = tp_pool_failed(pool, r);
-		}
-	}
-	pthread_mutex_unlock(&pool->md_lock);
-	return r == TP_E_KEY_NOT_FOUND ? 0 : r;
+	room = tp_md_has_room(pool->md, true);
+	if (!room)
+		return tp_fail(err, TP_E_METADATA_SPACE, "the metadata's reserve is used up");
+	if (room < 0 || !tp_redo_has_room(pool->redo, 1))
+		return NEEDS_COMMIT;
+	r = tp_md_remove(pool->md, volume->device, block, err);
+	if (r)
+		return r == TP_E_KEY_NOT_FOUND ? r : tp_pool_failed(pool, r);
+	tp_redo_append(pool->redo, TP_REDO_UNMAP, volume->id, block, 0);
+	tp_cache_put(volume, block, CACHE_UNMAPPED);
+	atomic_store(&volume->changed_in, tp_md_transaction(pool->md));
+	atomic_fetch_add(&pool->discarded, 1);
+	tp_pool_dirtied(pool);
+	return 0;
 }
 
-static int unmap_block(struct tp_volume *volume, uint64_t block, struct tp_error *err)
+/*
+ * Unmap *at, whose lock is waited for, and the mapped blocks behind it as long as their locks are
+ * free, in one turn at the metadata. *at becomes the first block that was not looked at.
+ */
+static int unmap_some(struct tp_volume *volume, uint64_t *at, uint64_t end, struct tp_error *err)
 {
-	uint32_t lock = tp_block_lock_index(volume->id, block), slot;
-	int attempt, r = NEEDS_COMMIT;
+	struct tp_pool *pool = volume->pool;
+	uint32_t slot = tp_gate_enter(volume), locks[RUN_MAX], n = 0;
+	uint64_t value;
+	int r;
 
-	for (attempt = 0; attempt < 3 && r == NEEDS_COMMIT; attempt++) {
-		slot = tp_gate_enter(volume);
-		tp_block_lock_exclusive(volume->pool->locks, lock);
-		r = remove_mapping(volume, block, err);
-		tp_block_unlock_exclusive(volume->pool->locks, lock);
-		tp_gate_leave(volume, slot);
-		if (r == NEEDS_COMMIT) {
-			int c = tp_pool_flush_round(volume->pool, true, err);
-
-			if (c)
-				return c;
-		}
+	locks[n++] = tp_block_lock_index(volume->id, *at);
+	tp_block_lock_exclusive(pool->locks, locks[0]);
+	pthread_mutex_lock(&pool->md_lock);
+	for (;;) {
+		r = remove_mapping(volume, *at, err);
+		if (r && r != TP_E_KEY_NOT_FOUND)
+			break;
+		(*at)++;
+		r = tp_md_next_mapping(pool->md, volume->device, *at, at, &value, err);
+		if (r == TP_E_KEY_NOT_FOUND)
+			*at = end;
+		if (r || *at >= end || n == RUN_MAX)
+			break;
+		locks[n] = tp_block_lock_index(volume->id, *at);
+		if (!tp_block_lock_try_exclusive(pool->locks, locks[n]))
+			break;
+		n++;
 	}
-	if (r == NEEDS_COMMIT)
-		return tp_fail(err, TP_E_METADATA_SPACE, "no metadata space to unmap a block");
-	return r;
+	tp_md_trim(pool->md);
+	pthread_mutex_unlock(&pool->md_lock);
+	while (n)
+		tp_block_unlock_exclusive(pool->locks, locks[--n]);
+	tp_gate_leave(volume, slot);
+	return r == TP_E_KEY_NOT_FOUND ? 0 : r;
 }
 
 /* Unmap every mapped block of [begin, end). */
 static int unmap_range(struct tp_volume *volume, uint64_t begin, uint64_t end, struct tp_error *err)
 {
 	struct tp_pool *pool = volume->pool;
-	uint64_t value;
-	int r;
+	uint32_t commits_in_vain = 0;
+	uint64_t value, before;
+	int r = 0;
 
-	while (begin < end) {
-		pthread_mutex_lock(&pool->md_lock);
-		r = tp_md_next_mapping(pool->md, volume->device, begin, &begin, &value, err);
-		tp_md_trim(pool->md);
-		pthread_mutex_unlock(&pool->md_lock);
-		if (r)
-			return r == TP_E_KEY_NOT_FOUND ? 0 : r;
-		if (begin >= end)
-			return 0;
-		r = unmap_block(volume, begin, err);
-		if (r)
-			return r;
-		begin++;
+	if (begin >= end)
+		return 0;
+	pthread_mutex_lock(&pool->md_lock);
+	r = tp_md_next_mapping(pool->md, volume->device, begin, &begin, &value, err);
+	tp_md_trim(pool->md);
+	pthread_mutex_unlock(&pool->md_lock);
+	while (!r && begin < end) {
+		before = begin;
+		r = unmap_some(volume, &begin, end, err);
+		if (r != NEEDS_COMMIT)
+			continue;
+		commits_in_vain = begin == before ? commits_in_vain + 1 : 0;
+		if (commits_in_vain > 2)
+			return tp_fail(err, TP_E_METADATA_SPACE,
+				       "no metadata space to unmap a block");
+		r = tp_pool_flush_round(pool, true, err);
 	}
-	return 0;
+	return r == TP_E_KEY_NOT_FOUND ? 0 : r;
 }
 
 static int check_change(struct tp_volume *volume, uint64_t offset, uint64_t length,

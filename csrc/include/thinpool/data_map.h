@@ -39,6 +39,9 @@ int tp_data_map_resize(struct tp_data_map *map, uint64_t nr_blocks, struct tp_er
 
 /* TP_E_DATA_SPACE, err untouched, when nothing is allocatable (blocks may be waiting for a commit). */
 int tp_data_map_reserve(struct tp_data_map *map, uint64_t *block_ret);
+/* Up to want neighbours, at least one: as above. */
+int tp_data_map_reserve_some(struct tp_data_map *map, uint64_t want, uint64_t *begin_ret,
+			     uint64_t *length_ret);
 /* This very block: TP_E_BUSY when it is not allocatable. */
 int tp_data_map_reserve_run(struct tp_data_map *map, uint64_t begin, uint64_t length);
 void tp_data_map_unreserve(struct tp_data_map *map, uint64_t begin, uint64_t length);
