@@ -272,7 +272,7 @@ int tp_allocator_alloc_batch(struct tp_allocator *allocator, size_t count, uint6
 
 static struct run run_at(const struct tp_allocator *allocator, uint64_t begin, uint64_t want)
 {
-	return (struct run){begin, bit_tree_run(&allocator->free, begin, want)};
+	return (struct run){ begin, bit_tree_run(&allocator->free, begin, want) };
 }
 
 /* The next few free stretches from the cursor on. */
@@ -313,7 +313,7 @@ static struct run far_run(const struct tp_allocator *allocator, uint64_t want)
 {
 	uint64_t nr_words = allocator->whole.nr_bits;
 	uint64_t from = (allocator->cursor + BIT_TREE_WORD - 1) / BIT_TREE_WORD;
-	struct run best = {0, 0};
+	struct run best = { 0, 0 };
 	int wrapped = 0;
 
 	for (int seen = 0; seen < RUN_FAR_MAX && best.length < want; seen++) {

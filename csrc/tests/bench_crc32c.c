@@ -51,7 +51,7 @@ static void measure(const char *name, const unsigned char *data, size_t length)
 
 int main(void)
 {
-	static const char *const names[] = {"portable", "sse4.2", "avx512", NULL};
+	static const char *const names[] = { "portable", "sse4.2", "avx512", NULL };
 	static _Alignas(4096) unsigned char block[4096];
 
 	memset(block, 0x5a, sizeof(block));

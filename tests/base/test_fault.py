@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import threading
+import time
 
 import pytest
 
@@ -198,7 +200,7 @@ def test_a_lost_write_is_acknowledged_and_not_done(fault, below, operation):
         (lib.TP_FAULT_FLUSH, lib.TP_FAULT_MISDIRECT, (0, 1), 1),
         (lib.TP_FAULT_PUNCH, lib.TP_FAULT_BIT_FLIP, (0, 1), 1),
         (lib.TP_FAULT_READ, lib.TP_FAULT_LOST_WRITE, (0, 1), 1),
-        (lib.TP_FAULT_READ, 7, (0, 1), 1),
+        (lib.TP_FAULT_READ, 99, (0, 1), 1),
         (lib.TP_FAULT_READ, lib.TP_FAULT_ERROR, (1, 1), 1),
         (lib.TP_FAULT_READ, lib.TP_FAULT_ERROR, (0, 1), 0),
     ],
@@ -212,6 +214,22 @@ def test_a_rule_that_cannot_be_is_refused(fault, core_error, rule):
     assert fault.fired == 0
 
 
+def test_a_held_operation_waits_for_the_release_and_then_goes_on(fault, below):
+    fault.add(lib.TP_FAULT_WRITE, lib.TP_FAULT_HOLD)
+    writer = threading.Thread(target=fault.write, args=(0, b"n" * 512))
+    writer.start()
+    deadline = time.monotonic() + 30
+    while not lib.tp_bdev_fault_held(fault.ptr) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert lib.tp_bdev_fault_held(fault.ptr) == 1
+    fault.write(512, b"m" * 512)  # the rule fired once: others pass it by
+    assert below.read(0, 1024) == b"o" * 512 + b"m" * 512
+    lib.tp_bdev_fault_release(fault.ptr)
+    writer.join()
+    assert below.read(0, 1024) == b"n" * 512 + b"m" * 512
+    assert lib.tp_bdev_fault_held(fault.ptr) == 0
+
+
 def test_a_device_of_another_kind_takes_no_rules(below):
     err = ffi.new("struct tp_error *")
     status = lib.tp_bdev_fault_add(below.ptr, ALL, lib.TP_FAULT_ERROR, 0, 1, 1, 1, 0, 0, err)
@@ -219,3 +237,5 @@ def test_a_device_of_another_kind_takes_no_rules(below):
     lib.tp_bdev_fault_clear(below.ptr)
     assert lib.tp_bdev_fault_operations(below.ptr) == 0
     assert lib.tp_bdev_fault_fired(below.ptr) == 0
+    lib.tp_bdev_fault_release(below.ptr)
+    assert lib.tp_bdev_fault_held(below.ptr) == 0
