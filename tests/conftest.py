@@ -110,6 +110,7 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "loop": _loop,
     "overlay": _overlay,
     "root": _root,
+    "skopeo": lambda: _programs("skopeo"),
     "sparse": _punch,
     "thin_tools": lambda: _programs("thin_check", "thin_dump", "thin_restore"),
     "xfs": _xfs,
