@@ -314,16 +314,26 @@ class App:
         return response
 
     async def _shutdown(self, _: web.Request) -> web.Response:
-        if await self._blocking(lambda: self._service.busy):
-            config = self._service.config
-            error = errors.BusyError(
-                f"pool {config.name} is in use: deactivate what is active, close what is open",
-                holder=None,
-                pool=config.name,
-            )
-            return web.json_response({"error": protocol.error_to_json(error)}, status=423)
-        self._finished = True
-        return web.json_response({"result": {}})
+        with self._using():
+            try:
+                if await self._blocking(lambda: self._service.busy):
+                    config = self._service.config
+                    raise errors.BusyError(  # noqa: TRY301 - one way to answer errors
+                        f"pool {config.name} is in use: deactivate what is active, close what "
+                        "is open",
+                        holder=None,
+                        pool=config.name,
+                    )
+            except errors.ThinpoolError as error:
+                return web.json_response(
+                    {"error": protocol.error_to_json(error)}, status=protocol.http_status(error)
+                )
+            except Exception as error:
+                if not self._ending:
+                    logger.exception("shutdown")
+                    return web.json_response({"error": _bug(error)}, status=500)
+            self._finished = True
+            return web.json_response({"result": {}})
 
 
 async def serve(context: WorkerContext) -> None:
