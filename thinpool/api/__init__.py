@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, Final
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, Final, Self
 
 from thinpool import errors
 from thinpool.names import parse_ref
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+    from types import TracebackType
 
     from thinpool.api.session import Session
     from thinpool.model import (
@@ -80,6 +81,24 @@ class Thinpool:
 
             self._session_made = Session(self.root, timeout=self.timeout)
         return self._session_made
+
+    def close(self) -> None:
+        """Close idle connections to servers. The API can be used again."""
+        if self._session_made is not None:
+            self._session_made.close()
+
+    def __enter__(self) -> Self:
+        """The API itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()
 
     def _call(self, volume: str, operation: str, **arguments: Any) -> Any:  # noqa: ANN401 - JSON
         client, ref = self._session.of(volume)

@@ -57,6 +57,13 @@ class Session:
         if client is not None:
             client.close()
 
+    def close(self) -> None:
+        """Close every client."""
+        with self._lock:
+            clients, self._clients = self._clients, {}
+        for client in clients.values():
+            client.close()
+
     def of(self, volume: str) -> tuple[PoolClient, VolumeRef]:
         """The client of a volume's pool, and the volume's name in parts."""
         ref = parse_ref(volume)

@@ -121,7 +121,9 @@ class App:
         Args:
             serving: called when clients are answered.
         """
-        application = web.Application(client_max_size=protocol.MAX_BODY)
+        application = web.Application(
+            client_max_size=protocol.MAX_BODY, middlewares=[self._refuse_when_ending]
+        )
         application.add_routes(
             [
                 web.get(f"{protocol.PREFIX}/hello", self._hello),
@@ -143,6 +145,7 @@ class App:
         try:
             await self._until_unused()
         finally:
+            self._finished = True
             accepting.cancel()
             await asyncio.gather(accepting, return_exceptions=True)
             for task in list(self._tasks):
@@ -158,20 +161,16 @@ class App:
             unused = time.monotonic() - self._used_at
             if self._in_use or unused < self._linger:
                 continue
+            used_at = self._used_at
             if await self._blocking(lambda: self._service.busy):
                 self._used_at = time.monotonic()
-                continue
-            # Somebody may have knocked since: the backlog is looked at last.
-            if not await self._backlog():
-                return
+            elif not self._in_use and self._used_at == used_at:
+                # Nothing came in between: from here on requests are sent to the next server.
+                self._finished = True
 
     @property
     def _ending(self) -> bool:
         return self._stop.is_set() or self._finished
-
-    async def _backlog(self) -> bool:
-        await asyncio.sleep(0)
-        return self._in_use > 0
 
     def _blocking(self, function: Callable[[], Any]) -> Awaitable[Any]:
         return asyncio.get_running_loop().run_in_executor(self._threads, function)
@@ -208,7 +207,7 @@ class App:
                 first = await asyncio.wait_for(_peek(connection), _FIRST_BYTES_S)
             except (OSError, TimeoutError):
                 first = b""
-            if not first:
+            if not first or self._ending:
                 connection.close()
             elif first == protocol.RAW_MAGIC:
                 connection.setblocking(True)  # noqa: FBT003 - as above
@@ -217,6 +216,18 @@ class App:
                 await loop.connect_accepted_socket(server, connection)
 
     # ---- requests ---------------------------------------------------------------------------
+
+    @web.middleware
+    async def _refuse_when_ending(
+        self,
+        request: web.Request,
+        handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    ) -> web.StreamResponse:
+        if self._ending:
+            response = web.Response(status=protocol.ENDING)
+            response.force_close()
+            return response
+        return await handler(request)
 
     async def _hello(self, _: web.Request) -> web.Response:
         with self._using():

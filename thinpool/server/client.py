@@ -20,10 +20,12 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from thinpool import errors
 from thinpool.server import protocol
+from thinpool.server.control import error_from_wire
 from thinpool.server.raw import VolumeHandle
 from thinpool.store import poolfile
 
@@ -96,6 +98,7 @@ class PoolClient:
         """It is this client's user who makes the pool."""
         self._idle: list[_Connection] = []
         self._lock = threading.Lock()
+        weakref.finalize(self, _close_all, self._idle)
 
     @property
     def directory(self) -> Path:
@@ -192,9 +195,7 @@ class PoolClient:
     def close(self) -> None:
         """Close idle connections."""
         with self._lock:
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()
+            _close_all(self._idle)
 
     # ---- the server -------------------------------------------------------------------------
 
@@ -257,7 +258,7 @@ class PoolClient:
                 )
             if "error" not in document:
                 return
-            error = protocol.error_from_json(document["error"])
+            error = error_from_wire(document["error"])
             # The last server lets go of the pool while this one starts; others do not.
             if not isinstance(error, errors.BusyError) or time.monotonic() >= deadline:
                 raise error
@@ -405,9 +406,20 @@ class Lease:
         self.close()
 
 
+def _close_all(idle: list[_Connection]) -> None:
+    while idle:
+        idle.pop().close()
+
+
 def _documents(response: http.client.HTTPResponse) -> Iterator[Json]:
     """The JSON documents of a reply: one, or one a line."""
-    if response.headers.get_content_type() != protocol.STREAM_TYPE:
+    kind = response.headers.get_content_type()
+    if response.status == protocol.ENDING or kind not in {
+        protocol.STREAM_TYPE,
+        protocol.JSON_TYPE,
+    }:
+        raise http.client.HTTPException(f"the server ends, or is none: {response.status}")
+    if kind == protocol.JSON_TYPE:
         yield json.loads(response.read())
         return
     while line := response.readline():

@@ -32,6 +32,8 @@ JSON_TYPE: Final = "application/json"
 STREAM_TYPE: Final = "application/x-ndjson"
 LEASE_BEAT_S: Final = 1.0
 MAX_BODY: Final = 16 << 20
+ENDING: Final = 503
+"""The reply of a server that is about to end: nothing was done, ask the next one."""
 
 RAW_MAGIC: Final = b"TPRW"
 RAW_HELLO: Final = struct.Struct("<4sIII")

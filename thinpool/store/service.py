@@ -67,6 +67,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LEASE_GRACE_S: Final = 20.0
+"""For clients to find the successor of a server that died."""
+BROKEN_LEASE_GRACE_S: Final = 2.0
+"""For a client whose connection ended though this server lives: it is hardly coming back."""
 SIZE_MAX: Final = 1 << 50
 _BIG_DELETE_BLOCKS: Final = 1 << 17
 _TICK_S: Final = 0.25
@@ -302,7 +305,7 @@ class PoolService:
         """The connection broke: the client has a while to come back."""
         with self._lease_lock:
             if lease in self._leases:
-                self._leases[lease] = time.monotonic() + LEASE_GRACE_S
+                self._leases[lease] = time.monotonic() + BROKEN_LEASE_GRACE_S
 
     def close_lease(self, lease: str) -> None:
         """Remove what is still unfinished under it."""
