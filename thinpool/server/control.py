@@ -31,6 +31,9 @@ FREEZE_SECONDS: Final = 5.0
 
 _MESSAGE_BYTES: Final = 1 << 16
 
+DEFAULT_PROGRAM: Final = "thinpool.server.app:serve"
+"""What a worker runs for its clients, ``module:function``."""
+
 # What a worker's exit code tells its supervisor; any other means that it died.
 EXIT_DONE: Final = 0
 EXIT_REPLACE: Final = 75

@@ -39,9 +39,7 @@ from thinpool.host import loop, mountinfo, mounts
 from thinpool.host.rundir import RunDirectory, run_directory
 from thinpool.server import control, process
 from thinpool.server.fuse_mount import FuseConnection, open_connection
-from thinpool.server.fuse_server import slots_size
 from thinpool.server.shm import REDO_BYTES, TABLE_BYTES, create_memory
-from thinpool.server.worker import DEFAULT_PROGRAM
 from thinpool.store.poolfile import SOCKET, PoolConfig, pool_directory, read_config
 
 if TYPE_CHECKING:
@@ -155,7 +153,7 @@ class Supervisor:
     """
 
     def __init__(
-        self, root: Path, pool: str, *, program: str = DEFAULT_PROGRAM, files: bool = True
+        self, root: Path, pool: str, *, program: str = control.DEFAULT_PROGRAM, files: bool = True
     ) -> None:
         """Find out about the pool; nothing is taken yet."""
         self._root = root
@@ -193,7 +191,7 @@ class Supervisor:
             process.log(f"supervisor: left by a server that died: {line}")
         self._listen()
         self._mount()
-        self._slots = self._memory("slots", slots_size())
+        self._slots = self._memory("slots", 0)  # a worker knows its size
         self._redo = self._memory("redo", REDO_BYTES)
         self._table = self._memory("table", TABLE_BYTES)
         pid_file = self._directory / PID_FILE
@@ -337,9 +335,9 @@ class Supervisor:
     def _rebuild(self) -> None:
         """A connection that is gone cannot come back: begin again with a new one."""
         self._unmount()
-        for fd, size in ((self._slots, slots_size()), (self._table, TABLE_BYTES)):
-            os.ftruncate(fd, 0)
-            os.ftruncate(fd, size)
+        os.ftruncate(self._slots, 0)
+        os.ftruncate(self._table, 0)
+        os.ftruncate(self._table, TABLE_BYTES)
         self._mount()
 
     def _report(self, message: dict[str, object]) -> None:
@@ -591,7 +589,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="thinpool.server.supervisor", description=__doc__)
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--pool", required=True)
-    parser.add_argument("--program", default=DEFAULT_PROGRAM)
+    parser.add_argument("--program", default=control.DEFAULT_PROGRAM)
     parser.add_argument("--detach", action="store_true")
     parser.add_argument("--no-fuse", action="store_true", help="serve no files")
     arguments = parser.parse_args()

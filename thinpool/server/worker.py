@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final
 from thinpool import errors
 from thinpool.server import control, process
 from thinpool.server.context import ServedVolumes, WorkerContext
-from thinpool.server.fuse_server import FuseServer
+from thinpool.server.fuse_server import FuseServer, slots_size
 from thinpool.server.shm import REDO_BYTES, ServedTable
 from thinpool.store.opening import OpenPool, open_pool
 from thinpool.store.poolfile import PoolConfig, read_config
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
 DEFAULT_LINGER: Final = 30.0
-DEFAULT_PROGRAM: Final = "thinpool.server.app:serve"
 _STOP_SECONDS: Final = 10.0
 
 
@@ -80,6 +79,8 @@ class DataPlane:
         self.opened: OpenPool = open_pool(config, redo_memory=self._redo)
         self.server: FuseServer | None = None
         if fuse_fds:
+            if not os.fstat(slots_fd).st_size:
+                os.ftruncate(slots_fd, slots_size())
             self.server = FuseServer(
                 self.opened.pool,
                 fuse_fds=fuse_fds,
@@ -277,7 +278,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="thinpool.server.worker")
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--pool", required=True)
-    parser.add_argument("--program", default=DEFAULT_PROGRAM)
+    parser.add_argument("--program", default=control.DEFAULT_PROGRAM)
     parser.add_argument("--mount-point", type=Path)
     parser.add_argument("--fuse-fds", type=_fds, default=[])
     parser.add_argument("--restarted", action="store_true")
