@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 
 import pytest
 
@@ -114,7 +115,7 @@ def test_errors_of_the_host_have_exit_codes_and_name_the_file(thinpool, number, 
     thinpool.api.export.side_effect = OSError(number, "Reason", "/some/file")
     result = thinpool("export", "p/v", "-o", "/some/file")
     assert result.code == code
-    assert result.stderr == "thinpool export: /some/file: Reason\n"
+    assert result.stderr == f"thinpool export: /some/file: {os.strerror(number)}\n"
     document = thinpool("export", "p/v", "-o", "/some/file", "--json").document
     assert document["error"]["errno"] == number
     assert document["error"]["path"] == "/some/file"

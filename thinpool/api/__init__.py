@@ -11,6 +11,7 @@ what was unfinished.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, Final, Self
@@ -319,13 +320,20 @@ class Thinpool:
         """
         from thinpool.api import volumes
 
+        if mount is not None:
+            volumes.check_mount_point(mount)
         made = volumes.snapshot(
             self._session, source, target, read_only=read_only, size=size, labels=labels or {}
         )
-        if mount is not None:
-            return self.mount(target, mount).volume
-        if activate:
-            return self.activate(target).volume
+        try:
+            if mount is not None:
+                return self.mount(target, mount).volume
+            if activate:
+                return self.activate(target).volume
+        except BaseException:  # all of it or nothing, so that it can be asked for again
+            with contextlib.suppress(errors.ThinpoolError):
+                self.remove([target], deactivate=True)
+            raise
         return made
 
     def commit(

@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, BinaryIO, Final
 from thinpool import errors
 from thinpool.api.session import Session, refuse_taken
 from thinpool.api.workbench import Finished, Workbench
+from thinpool.host.failures import failure
 from thinpool.model import Exported, FileChange, Progress, Volume
 from thinpool.names import parse_ref, same_pool
 from thinpool.oci.archive import open_source
@@ -269,6 +270,8 @@ def diff(
                 Progress(operation="diff", step="comparing", done=done, total=None, unit="entries")
             )
 
+    for name in names:  # nothing is begun for what is not there
+        client.call("get", {"name": name})
     with Workbench(client) as bench, contextlib.ExitStack() as stack:
         roots = []
         for name in names:
@@ -295,9 +298,9 @@ def export(
     client, ref = session.of(volume)
     found = Volume.from_json(client.call("get", {"name": ref.name}))
     with (
+        _output(output) as (stream, path),  # first: nothing is begun for what cannot be written
         Workbench(client) as bench,
         _still(client, bench, ref.name) as still,
-        _output(output) as (stream, path),
     ):
         if raw:
             with bench.raw(still, writable=False) as handle:
@@ -330,14 +333,11 @@ def _output(output: Path | str | BinaryIO) -> Iterator[tuple[IO[bytes], str | No
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)
-    except FileNotFoundError as cause:
-        raise errors.NotFoundError(f"{path.parent} does not exist", path=str(path)) from cause
     except OSError as cause:
-        raise errors.StorageIOError(
-            f"cannot write {path}: {cause.strerror}", errno=cause.errno, path=str(path)
-        ) from cause
+        raise failure(cause, f"cannot write {path}", path=str(path)) from cause
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def _write_tar(root: int, stream: IO[bytes], progress: Callable[[Progress], None] | None) -> int:

@@ -117,6 +117,18 @@ def activate(
 # ---- mounts -----------------------------------------------------------------------------------
 
 
+def check_mount_point(directory: Path | str) -> str:
+    """The real path of a directory to mount on.
+
+    Raises:
+        NotFoundError: it is not there, or no directory.
+    """
+    target = os.path.realpath(directory)
+    if not Path(target).is_dir():
+        raise errors.NotFoundError(f"{directory} is no directory", path=str(directory))
+    return target
+
+
 def mount(
     session: Session,
     volume: str,
@@ -127,9 +139,7 @@ def mount(
 ) -> Mounted:
     """Activate and mount."""
     client, ref = session.of(volume)
-    target = os.path.realpath(directory)
-    if not Path(target).is_dir():
-        raise errors.NotFoundError(f"{directory} is no directory", path=str(directory))
+    target = check_mount_point(directory)
     chosen = list(options)
     found = Volume.from_json(client.call("get", {"name": ref.name}))
     wants_read_only = read_only or found.read_only or "ro" in mounts.split_options(chosen)

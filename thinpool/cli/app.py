@@ -120,6 +120,11 @@ def run(arguments: Sequence[str], *, connect: Connect = connect_default) -> NoRe
         _drop_standard_output()
         if code == exits.DONE:  # otherwise the reason was said, and most likely this is it
             code = _fail(Session(), PROGRAM, exits.from_os_error(error))
+    if code == exits.INTERRUPTED:
+        # Where the interrupt had passed through exec(), as under a dataclass that was being made,
+        # the interpreter would end by SIGINT whatever code it is given.
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -5,18 +5,10 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from thinpool.errors import (
-    AlreadyExistsError,
-    BusyError,
-    NoSpaceError,
-    NotFoundError,
-    NotPermittedError,
-    StorageIOError,
-    ThinpoolError,
-)
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from thinpool.errors import ThinpoolError
 
 DONE: Final = 0
 FAILED: Final = 1
@@ -90,24 +82,7 @@ def code_of(error: ThinpoolError) -> int:
 
 
 def from_os_error(error: OSError) -> ThinpoolError:
-    """An error of the host as one of ours: for files that a command opens by itself."""
-    import errno
+    """An error of the host as one of ours."""
+    from thinpool.host.failures import failure
 
-    text = error.strerror or str(error)
-    path = None if error.filename is None else str(error.filename)
-    message = text if path is None else f"{path}: {text}"
-    kinds: dict[int, type[ThinpoolError]] = {
-        errno.ENOENT: NotFoundError,
-        errno.ENOTDIR: NotFoundError,
-        errno.ENXIO: NotFoundError,
-        errno.EEXIST: AlreadyExistsError,
-        errno.EBUSY: BusyError,
-        errno.ETXTBSY: BusyError,
-        errno.ENOSPC: NoSpaceError,
-        errno.EDQUOT: NoSpaceError,
-        errno.EACCES: NotPermittedError,
-        errno.EPERM: NotPermittedError,
-        errno.EROFS: NotPermittedError,
-    }
-    kind = kinds.get(error.errno or 0, StorageIOError)
-    return kind(message, errno=error.errno, path=path)
+    return failure(error, "input or output" if error.filename is None else str(error.filename))

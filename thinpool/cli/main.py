@@ -17,4 +17,6 @@ def run() -> None:
 
         run_app(sys.argv[1:])
     except KeyboardInterrupt:  # before the signals are caught, or after
-        sys.exit(130)
+        import os
+
+        os._exit(130)
