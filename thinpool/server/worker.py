@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from thinpool import errors
+from thinpool.host.failures import failure
 from thinpool.server import control, process
 from thinpool.server.context import ServedVolumes, WorkerContext
 from thinpool.server.fuse_server import FuseServer, slots_size
@@ -42,8 +43,14 @@ def wait_for_last_io(path: str) -> None:
 
     Its descriptor holds a shared lock that ends when the kernel has finished the last I/O of it,
     io_uring's included, however the process died.
+
+    Raises:
+        NotFoundError, NotPermittedError, StorageIOError: ``path``: the data cannot be opened.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as cause:
+        raise failure(cause, f"cannot open the pool's data {path}", path=path) from cause
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
     finally:
