@@ -285,6 +285,7 @@ def test_flush_covers_what_was_written(server: Server) -> None:
 
 @pytest.mark.loop
 def test_full_pool_holds_writes_and_nothing_else(new_server: Callable[..., Server]) -> None:
+    """INV-17."""
     server = new_server("p", data_size=MIB)
     blocks = MIB // BLOCK
     # Through a loop device: it writes asynchronously. A plain pwrite() would hold the inode's lock

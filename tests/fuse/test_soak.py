@@ -19,6 +19,7 @@ KILLS = int(os.environ.get("THINPOOL_KILLS", "200"))
 @pytest.mark.fuse
 @pytest.mark.loop
 def test_worker_killed_200_times_under_ext4_and_xfs(root: Path, seed: int, require: object) -> None:
+    """INV-18, INV-20, INV-21, at scale."""
     require("fio", "ext4", "xfs")  # type: ignore[operator]
     outcome = soak(root, kills=KILLS, seed=seed, kinds=("ext4", "xfs"))
     assert not outcome.faults

@@ -100,6 +100,7 @@ def test_stop_takes_mounts_and_devices_down_in_order(server: Server, tmp_path: P
 def test_kills_under_verified_work_lose_nothing(
     server: Server, tmp_path: Path, rng: random.Random, require: Callable[..., None]
 ) -> None:
+    """INV-18, INV-20, INV-21: what was acknowledged is there, what was open is answered."""
     require("fio", "ext4")
     path = server.volume(1, 192 * MIB)
     with attached(path) as device:
@@ -185,6 +186,7 @@ def test_without_fuse_a_server_works_but_activates_nothing(root: Path) -> None:
 
 
 def test_second_server_is_busy(server: Server) -> None:
+    """INV-22."""
     result = subprocess.run(
         server.command(), env=server.environment(), capture_output=True, check=False, timeout=30
     )

@@ -1,4 +1,4 @@
-"""The server dies between any two steps: what is found then is the old or the new."""
+"""The server dies between any two steps: what is found then is the old or the new (INV-23)."""
 
 import os
 import signal

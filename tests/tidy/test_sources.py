@@ -227,6 +227,21 @@ def test_generated_document_tables_are_fresh() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_every_invariant_is_cited_by_a_test() -> None:
+    document = REPOSITORY / "docs/crash-consistency.md"
+    declared = set(
+        re.findall(r"^#+ .*\b(INV-\d\d)\b|^\*\*(INV-\d\d)", document.read_text(), re.MULTILINE)
+    )
+    numbers = {a or b for a, b in declared}
+    assert numbers, "the document declares no invariants"
+    cited: set[str] = set()
+    for path in [*(REPOSITORY / "tests").rglob("*.py"), *(CSRC / "tests").glob("*.c")]:
+        if path != Path(__file__):
+            cited |= set(re.findall(r"\bINV-\d\d\b", path.read_text()))
+    assert not numbers - cited, f"no test cites {sorted(numbers - cited)}"
+    assert not cited - numbers, f"tests cite what {document.name} lacks: {sorted(cited - numbers)}"
+
+
 def test_documents_link_to_what_exists() -> None:
     broken = [
         f"{relative(document)}: {target}"
