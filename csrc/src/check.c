@@ -125,6 +125,7 @@ int tp_check_run(struct tp_check *check, struct tp_error *err)
 	rc = run(check, err);
 	drop_tables(check);
 	tp_check_report_sort(check);
+	atomic_store(&check->progress_total, tp_walk_reader_done(check->reader));
 	if (!rc && tp_walk_cancelled(check->reader))
 		return tp_fail(err, TP_E_INTERRUPTED, "the check was stopped");
 	return rc;

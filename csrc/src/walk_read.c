@@ -9,8 +9,10 @@
  * Where there is no ring to be had (a device without a descriptor, io_uring forbidden), and for a
  * few blocks, it reads one extent after the other.
  */
+#include <errno.h>
 #include <liburing.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdlib.h>
 
 #include "thinpool/bdev.h"
@@ -19,8 +21,9 @@
 
 #define EXTENT_BLOCKS 128u /* at most: 512 KiB, past which a read gains nothing */
 #define GAP_BLOCKS    8u   /* read along rather than start another read */
-#define DEPTH         4u   /* extents in flight, a thread */
-#define RING_BLOCKS   128u /* fewer are not worth a ring */
+#define DEPTH         8u   /* extents in flight, a thread */
+#define RING_BLOCKS   8u   /* fewer are not worth a ring */
+#define TEAM_BLOCKS   256u /* fewer are not worth waking the other threads */
 
 /* What one thread reads with. */
 struct lane {
@@ -251,8 +254,14 @@ static void read_ahead(struct stream *stream, unsigned thread)
 		bool whole;
 		int rc = io_uring_submit_and_wait(ring, 1);
 
-		/* Submitting can only fail for want of memory or by a signal: try again. */
-		if (rc < 0 || io_uring_peek_cqe(ring, &cqe))
+		/* What is submitted must come back before its buffers are used again, so that there
+		 * is no giving up; anything but these would be our own mistake. */
+		if (rc < 0) {
+			TP_ASSERT(rc == -EINTR || rc == -EAGAIN || rc == -EBUSY || rc == -ENOMEM);
+			sched_yield();
+			continue;
+		}
+		if (io_uring_peek_cqe(ring, &cqe))
 			continue;
 		slot = (unsigned)io_uring_cqe_get_data64(cqe);
 		whole = cqe->res >= 0 && (size_t)cqe->res == bytes_of(&extents[slot]);
@@ -457,7 +466,7 @@ int tp_walk_read_list(struct tp_walk_reader *reader, const uint64_t *blocks, siz
 		statuses[i] = TP_E_INTERRUPTED;
 	}
 	qsort(wanted, nr_blocks, sizeof(*wanted), compare_wanted);
-	if (nr_blocks >= RING_BLOCKS)
+	if (nr_blocks >= TEAM_BLOCKS)
 		tp_walk_team_run(reader->team, read_extents, &l.stream);
 	else
 		read_extents(&l.stream, 0); /* waking the others would cost more than the read */
