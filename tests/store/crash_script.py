@@ -4,8 +4,9 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from thinpool.store import service as service_module
-from thinpool.store.service import Caller, Publication
+from thinpool.store import core
+from thinpool.store.core import Caller
+from thinpool.store.making import Publication
 
 spec = importlib.util.spec_from_file_location(
     "store_conftest", Path(__file__).parent / "conftest.py"
@@ -28,7 +29,7 @@ def remove(service):
 
 
 def remove_big(service):
-    service_module._BIG_DELETE_BLOCKS = 0
+    core._BIG_DELETE_BLOCKS = 0
     service.remove(["a", "b"], caller=Caller(request="r1"))
 
 

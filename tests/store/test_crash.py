@@ -12,9 +12,9 @@ from thinpool.check import check_metadata
 from thinpool.errors import BusyError
 from thinpool.store import service as service_module
 from thinpool.store.catalogue import BUILDING, DELETING
+from thinpool.store.core import Caller
 from thinpool.store.opening import open_pool
 from thinpool.store.poolfile import read_config
-from thinpool.store.service import Caller
 
 MIB = 1 << 20
 SCRIPT = Path(__file__).parent / "crash_script.py"

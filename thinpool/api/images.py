@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, BinaryIO, Final
 
 from thinpool import errors
-from thinpool.api.session import Session, refuse_taken
+from thinpool.api.session import Session, existing_volume, refuse_taken
 from thinpool.api.workbench import Finished, Workbench
 from thinpool.host.failures import failure
 from thinpool.model import Exported, FileChange, Progress, Volume
@@ -206,7 +206,7 @@ def _publish(
     items = [
         Finished(
             volume=layer,
-            publish_as=_layer_name(client, chain),
+            publish_as=_layer_name(client, chain, layer),
             kind="image",
             read_only=True,
             labels=target.labels[chain],
@@ -228,15 +228,11 @@ def _publish(
     return bench.publish(*items)[-1]
 
 
-def _layer_name(client: PoolClient, chain_id: str) -> str:
-    """A name for a layer below an image; the whole digest where a part of it is taken."""
+def _layer_name(client: PoolClient, chain_id: str, layer: Volume) -> str:
+    """A name for a layer below an image; with its id where another import was faster."""
     digest = chain_id.partition(":")[2] or chain_id
     short = f"layer-{digest[:_LAYER_DIGITS]}"
-    try:
-        client.call("get", {"name": short})
-    except errors.NotFoundError:
-        return short
-    return f"layer-{digest}"
+    return short if existing_volume(client, short) is None else f"{short}-{layer.id}"
 
 
 # ---- reading volumes --------------------------------------------------------------------------

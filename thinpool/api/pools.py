@@ -142,23 +142,25 @@ def create_pool(session: Session, plan: PoolPlan) -> PoolStatus:
         if path is not None:
             refuse_foreign(path, force=plan.force)
             _refuse_owned(session, path)
-    with _new_directory(session, plan.name) as (building, lock):
-        with contextlib.ExitStack() as undo:
-            config = _make_files(plan, building, directory, sizes, undo)
-            _write_config_in(building, config)
-            _move_in_place(session, plan.name, building, directory)
-            undo.pop_all()
-        try:
-            status = _finish(session, plan)
-        except BaseException:
-            with contextlib.suppress(errors.ThinpoolError):
-                _client_of_unfinished(session, plan.name).stop_server()
-            remove_directory(directory, config)
-            session.forget(plan.name)
-            raise
-        finally:
-            lock.close()
+    with (
+        _new_directory(session, plan.name) as (building, lock),
+        contextlib.ExitStack() as undo,
+    ):
+        config = _make_files(plan, building, directory, sizes, undo)
+        _write_config_in(building, config)
+        _move_in_place(session, plan.name, building, directory)
+        undo.callback(_take_back, session, plan.name, directory, config)
+        status = _finish(session, plan)
+        undo.pop_all()
+        lock.close()
     return status
+
+
+def _take_back(session: Session, name: str, directory: Path, config: PoolConfig) -> None:
+    with contextlib.suppress(errors.ThinpoolError):
+        _client_of_unfinished(session, name).stop_server()
+    remove_directory(directory, config)
+    session.forget(name)
 
 
 def _refuse_existing(session: Session, name: str) -> None:

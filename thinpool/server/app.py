@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
@@ -24,7 +25,8 @@ from thinpool.host.mountinfo import open_mount
 from thinpool.server import protocol
 from thinpool.server.operations import OPERATIONS, STREAMS, Arguments
 from thinpool.server.rawserver import serve_channel
-from thinpool.store.service import Caller, PoolService
+from thinpool.store.core import Caller
+from thinpool.store.service import PoolService
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -37,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 _TICK_S: Final = 0.1
 _THREADS: Final = 32
+_END_S: Final = 5.0
 _FIRST_BYTES_S: Final = 30.0
 
 Json = dict[str, Any]
@@ -105,7 +108,7 @@ class App:
         self._service = service
         self._listener = listener
         self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="operation")
-        self._channels = ThreadPoolExecutor(max_workers=1024, thread_name_prefix="raw")
+        self._channels: dict[socket.socket, threading.Thread] = {}
         self._in_use = 0
         self._used_at = time.monotonic()
         self._stop = stopping
@@ -148,11 +151,20 @@ class App:
             self._finished = True
             accepting.cancel()
             await asyncio.gather(accepting, return_exceptions=True)
+            await asyncio.to_thread(self._end_channels)
             for task in list(self._tasks):
                 task.cancel()
             await runner.cleanup()
             self._threads.shutdown(wait=True)
-            self._channels.shutdown(wait=False, cancel_futures=True)
+
+    def _end_channels(self) -> None:
+        """Their clients open them again with the next server."""
+        channels = dict(self._channels)
+        for connection in channels:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)  # what was read is answered
+        for thread in channels.values():
+            thread.join(_END_S)
 
     async def _until_unused(self) -> None:
         while not self._stop.is_set() and not self._finished:
@@ -211,9 +223,29 @@ class App:
                 connection.close()
             elif first == protocol.RAW_MAGIC:
                 connection.setblocking(True)  # noqa: FBT003 - as above
-                await loop.run_in_executor(self._channels, serve_channel, connection, self._service)
+                await self._channel(connection)
             else:
                 await loop.connect_accepted_socket(server, connection)
+
+    async def _channel(self, connection: socket.socket) -> None:
+        """Serve a raw channel in a thread of its own, until its client or this server ends it."""
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+
+        def work() -> None:
+            try:
+                serve_channel(connection, self._service)
+            finally:
+                with contextlib.suppress(RuntimeError):  # the loop ended before
+                    loop.call_soon_threadsafe(ended.set)
+
+        thread = threading.Thread(target=work, name="raw", daemon=True)
+        self._channels[connection] = thread
+        thread.start()
+        try:
+            await ended.wait()
+        finally:
+            self._channels.pop(connection, None)
 
     # ---- requests ---------------------------------------------------------------------------
 

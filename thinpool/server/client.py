@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 __all__ = ["Lease", "PoolClient", "VolumeHandle"]
 
 _START_S: Final = 60.0
+"""A server that takes longer to start does not."""
+_STARTED_S: Final = 15.0
+"""How long another client may take to start it, whatever the timeout for locks is."""
 _RETRY_PAUSE_S: Final = 0.02
 _BUSY_PAUSE_S: Final = 0.2
 _IO_PATIENCE_S: Final = 600.0
@@ -77,6 +80,19 @@ def connect(directory: Path, *, timeout: float | None) -> socket.socket:
     finally:
         os.close(descriptor)
     return sock
+
+
+class _Counted:
+    """Passes chunks on, and knows whether any came: such an answer cannot be asked for again."""
+
+    def __init__(self, chunk: Callable[[bytes], None] | None) -> None:
+        self.count = 0
+        self._chunk = chunk
+
+    def __call__(self, data: bytes) -> None:
+        self.count += 1
+        if self._chunk is not None:
+            self._chunk(data)
 
 
 class PoolClient:
@@ -139,36 +155,44 @@ class PoolClient:
             protocol.REQUEST_HEADER: secrets.token_hex(16),
             protocol.TIMEOUT_HEADER: f"{self._timeout:g}",
         }
-        deadline = time.monotonic() + max(self._timeout, _START_S)
+        deadline: float | None = None
         while True:
             connection = self._take()
-            seen = 0
+            chunks = _Counted(chunk)
             try:
                 connection.request("POST", f"{protocol.PREFIX}/{operation}", body, headers)
-                response = connection.getresponse()
-                for document in _documents(response):
-                    if "progress" in document:
-                        if progress is not None:
-                            progress(document["progress"])
-                    elif "chunk" in document:
-                        seen += 1
-                        if chunk is not None:
-                            chunk(document["chunk"].encode())
-                    else:
-                        self._give(connection, response)
-                        return _result(document)
-                raise http.client.IncompleteRead(b"")
+                return self._answer(connection, progress, chunks)
             except (OSError, http.client.HTTPException) as cause:
                 connection.close()
                 if isinstance(cause, TimeoutError):
                     raise self._no_answer(operation) from cause
-                if time.monotonic() > deadline or seen:
+                if deadline is None:
+                    deadline = time.monotonic() + max(self._timeout, _START_S)
+                if time.monotonic() > deadline or chunks.count:
                     raise errors.ServerError(
                         f"the server of pool {self._pool} broke off: see "
                         f"{self._directory / 'server.log'}",
                         pool=self._pool,
                     ) from cause
                 time.sleep(_RETRY_PAUSE_S)
+
+    def _answer(
+        self,
+        connection: _Connection,
+        progress: Callable[[Json], None] | None,
+        chunk: Callable[[bytes], None],
+    ) -> Any:  # noqa: ANN401 - JSON
+        response = connection.getresponse()
+        for document in _documents(response):
+            if "progress" in document:
+                if progress is not None:
+                    progress(document["progress"])
+            elif "chunk" in document:
+                chunk(document["chunk"].encode())
+            else:
+                self._give(connection, response)
+                return _result(document)
+        raise http.client.IncompleteRead(b"")
 
     def _no_answer(self, operation: str) -> errors.ThinpoolError:
         return errors.ServerError(
@@ -220,7 +244,7 @@ class PoolClient:
             return
         config = self.config()
         with locked(
-            self._directory / _START_LOCK, timeout=max(self._timeout, _START_S), what="a start"
+            self._directory / _START_LOCK, timeout=max(self._timeout, _STARTED_S), what="a start"
         ):
             if self.is_running():
                 return
@@ -238,17 +262,18 @@ class PoolClient:
         command += ["--root", str(self._root.absolute()), "--pool", self._pool]
         deadline = time.monotonic() + self._timeout
         while True:
-            started = subprocess.run(
-                command,
-                check=False,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                cwd="/",
-            )
             try:
+                started = subprocess.run(
+                    command,
+                    check=False,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    cwd="/",
+                    timeout=max(self._timeout, _START_S),
+                )
                 document = json.loads(started.stdout)
-            except ValueError:
+            except (ValueError, subprocess.TimeoutExpired):
                 document = None
             if document is None:
                 raise errors.ServerError(

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Final
 from thinpool import errors
 from thinpool.model import KINDS
 from thinpool.store import care
-from thinpool.store.service import Publication
+from thinpool.store.making import Publication
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from thinpool.model import Kind
-    from thinpool.store.service import Caller, PoolService
+    from thinpool.store.core import Caller
+    from thinpool.store.service import PoolService
 
 Json = dict[str, Any]
 

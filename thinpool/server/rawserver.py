@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from thinpool import errors
 from thinpool.server import protocol
 from thinpool.server.raw import receive
-from thinpool.store.service import Caller
+from thinpool.store.core import Caller
 
 if TYPE_CHECKING:
     from thinpool.engine import VolumeIO

@@ -21,24 +21,24 @@ from thinpool.model import CheckReport, Delta, DeltaRange, Progress, VolumeId
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from thinpool.store.service import PoolService
+    from thinpool.store.core import PoolCore
 
 
-def exclusive(service: PoolService, ids: Sequence[VolumeId]) -> dict[VolumeId, int]:
+def exclusive(service: PoolCore, ids: Sequence[VolumeId]) -> dict[VolumeId, int]:
     """Bytes that each volume alone refers to."""
     with service.stable_metadata() as snapshot:
         found = exclusive_blocks_each(service.metadata_device, ids, use_metadata_snapshot=snapshot)
     return {VolumeId(each): blocks * service.config.block_size for each, blocks in found.items()}
 
 
-def freed(service: PoolService, ids: Sequence[VolumeId]) -> int:
+def freed(service: PoolCore, ids: Sequence[VolumeId]) -> int:
     """Bytes that nothing refers to once these volumes are gone."""
     with service.stable_metadata() as snapshot:
         blocks = exclusive_blocks(service.metadata_device, ids, use_metadata_snapshot=snapshot)
     return blocks * service.config.block_size
 
 
-def delta(service: PoolService, left: str, right: str) -> Delta:
+def delta(service: PoolCore, left: str, right: str) -> Delta:
     """Where two volumes do not share their blocks."""
     first, second = service.ids(left, right)
     block = service.config.block_size
@@ -54,9 +54,7 @@ def delta(service: PoolService, left: str, right: str) -> Delta:
     return Delta(left=f"{pool}/{left}", right=f"{pool}/{right}", block_size=block, ranges=ranges)
 
 
-def check(
-    service: PoolService, *, progress: Callable[[Progress], None] | None = None
-) -> CheckReport:
+def check(service: PoolCore, *, progress: Callable[[Progress], None] | None = None) -> CheckReport:
     """Check the metadata."""
 
     def tell(done: int, total: int) -> None:
@@ -75,7 +73,7 @@ def check(
         )
 
 
-def dump(service: PoolService, write: Callable[[str], None]) -> None:
+def dump(service: PoolCore, write: Callable[[str], None]) -> None:
     """Write the metadata as thin-provisioning-tools' XML."""
     with service.stable_metadata() as snapshot:
         for text in dump_metadata(service.metadata_device, use_metadata_snapshot=snapshot):

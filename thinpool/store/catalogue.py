@@ -242,21 +242,53 @@ class Catalogue:
                 finally:
                     self._depth -= 1
                 return
-            self._db.execute("BEGIN IMMEDIATE")
-            self._depth = 1
             try:
-                yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            else:
-                self._db.execute("COMMIT")
+                self._db.execute("BEGIN IMMEDIATE")
+                self._depth = 1
+                try:
+                    yield self._db
+                except BaseException:
+                    self._roll_back()
+                    raise
+                self._commit()
+            except sqlite3.Error as cause:
+                raise self._failure(cause) from cause
             finally:
                 self._depth = 0
 
+    def _commit(self) -> None:
+        try:
+            self._db.execute("COMMIT")
+        except sqlite3.Error:
+            self._roll_back()
+            raise
+
+    def _roll_back(self) -> None:
+        if self._db.in_transaction:  # SQLite has rolled back some failures by itself
+            self._db.execute("ROLLBACK")
+
+    def _failure(self, cause: sqlite3.Error) -> errors.ThinpoolError:
+        """The typed error of a failure of SQLite."""
+        name = getattr(cause, "sqlite_errorname", "")
+        text = f"the catalogue {self.path} cannot be written: {cause}"
+        if name.startswith("SQLITE_FULL"):
+            return errors.HostSpaceError(
+                f"{text}: free some of the filesystem that holds it", path=self.path
+            )
+        if name.startswith(("SQLITE_IOERR", "SQLITE_CANTOPEN")):
+            return errors.StorageIOError(text, path=self.path)
+        if name.startswith(("SQLITE_READONLY", "SQLITE_PERM")):
+            return errors.NotPermittedError(text, operation="write", path=self.path)
+        if name.startswith("SQLITE_BUSY"):
+            return errors.BusyError(text, holder=None, path=self.path)
+        return errors.CorruptMetadataError(text, path=self.path)
+
     def _rows(self, sql: str, values: Sequence[object] = ()) -> list[sqlite3.Row]:
-        with self._lock:
-            return self._db.execute(sql, values).fetchall()
+        try:
+            with self._lock:
+                return self._db.execute(sql, values).fetchall()
+        except sqlite3.Error as cause:
+            raise self._failure(cause) from cause
 
     # ---- meta -------------------------------------------------------------------------------
 

@@ -251,6 +251,10 @@ class Devices:
                 whole.add(activation.id)
                 continue
             record = self._catalogue.by_id(activation.id)
+            dead = self._standing(activation)
+            if dead is not None:  # its file is gone: whoever still has it open gets errors
+                with contextlib.suppress(errors.BusyError):
+                    loop.detach(dead)
             if record is not None:
                 self._run.unlink_device(self._pool, record.name)
                 lost.append(record.name)

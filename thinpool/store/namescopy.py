@@ -23,10 +23,20 @@ SUFFIX: Final = ".names.json"
 
 
 def copy_path(config: PoolConfig, directory: Path) -> Path:
-    """Where it is: beside a metadata file; for a device, in the pool's directory."""
+    """Where it is written: beside a metadata file that is written too, else in the pool's own."""
     metadata = Path(config.metadata)
-    if metadata.is_block_device():
+    if config.read_only or metadata.is_block_device():
         return directory / f"metadata{SUFFIX}"
+    return _beside(metadata)
+
+
+def find_copy(config: PoolConfig, directory: Path) -> Path:
+    """Where it is read from: the pool's own if there is one, else beside the metadata."""
+    own = copy_path(config, directory)
+    return own if own.exists() else _beside(Path(config.metadata))
+
+
+def _beside(metadata: Path) -> Path:
     return metadata.with_name(metadata.name + SUFFIX)
 
 
