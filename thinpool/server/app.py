@@ -112,7 +112,7 @@ class App:
         self._in_use = 0
         self._used_at = time.monotonic()
         self._stop = stopping
-        self._finished = False
+        self._finished = asyncio.Event()
         self._linger = linger
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -148,7 +148,7 @@ class App:
         try:
             await self._until_unused()
         finally:
-            self._finished = True
+            self._finished.set()
             accepting.cancel()
             await asyncio.gather(accepting, return_exceptions=True)
             await asyncio.to_thread(self._end_channels)
@@ -167,22 +167,28 @@ class App:
             thread.join(_END_S)
 
     async def _until_unused(self) -> None:
-        while not self._stop.is_set() and not self._finished:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), _TICK_S)
+        """Sleeps through: at rest it looks once in a linger time, and is woken for nothing else."""
+        ends = [asyncio.ensure_future(event.wait()) for event in (self._stop, self._finished)]
+        while not self._ending:
             unused = time.monotonic() - self._used_at
             if self._in_use or unused < self._linger:
+                left = self._linger if self._in_use else self._linger - unused
+                await asyncio.wait(
+                    ends, timeout=max(left, _TICK_S), return_when=asyncio.FIRST_COMPLETED
+                )
                 continue
             used_at = self._used_at
             if await self._blocking(lambda: self._service.busy):
                 self._used_at = time.monotonic()
             elif not self._in_use and self._used_at == used_at:
                 # Nothing came in between: from here on requests are sent to the next server.
-                self._finished = True
+                self._finished.set()
+        for each in ends:
+            each.cancel()
 
     @property
     def _ending(self) -> bool:
-        return self._stop.is_set() or self._finished
+        return self._stop.is_set() or self._finished.is_set()
 
     def _blocking(self, function: Callable[[], Any]) -> Awaitable[Any]:
         return asyncio.get_running_loop().run_in_executor(self._threads, function)
@@ -375,7 +381,7 @@ class App:
                 if not self._ending:
                     logger.exception("shutdown")
                     return web.json_response({"error": _bug(error)}, status=500)
-            self._finished = True
+            self._finished.set()
             return web.json_response({"result": {}})
 
 
