@@ -182,13 +182,15 @@ def _refuse_owned(session: Session, path: Path) -> None:
     """A file or device belongs to one pool under this root."""
     wanted = os.path.realpath(path)
     for name in poolfile.list_pools(session.root):
-        with contextlib.suppress(errors.ThinpoolError):
+        try:
             config = poolfile.read_config(session.root, name)
-            if wanted in {os.path.realpath(config.data), os.path.realpath(config.metadata)}:
-                raise errors.AlreadyExistsError(
-                    f"{path} belongs to pool {name} already",
-                    existing=status_or_failure(session, name).to_json(),
-                )
+        except errors.ThinpoolError:
+            continue
+        if wanted in {os.path.realpath(config.data), os.path.realpath(config.metadata)}:
+            raise errors.AlreadyExistsError(
+                f"{path} belongs to pool {name} already",
+                existing=status_or_failure(session, name).to_json(),
+            )
 
 
 def _sizes(plan: PoolPlan) -> tuple[int, int]:
@@ -322,8 +324,8 @@ def _make_files(
     metadata = building / "metadata" if plan.metadata is None else plan.metadata
     if data.exists() and metadata.exists() and data.samefile(metadata):
         raise errors.UsageError("data and metadata cannot be the same", what="metadata")
-    _make_file(data, data_size, undo)
-    _make_file(metadata, metadata_size, undo)
+    _make_file(data, data_size, undo, shown=directory / "data" if owns else data)
+    _make_file(metadata, metadata_size, undo, shown=directory / "metadata" if owns else metadata)
     with BlockDevice.open_file(data, exclusive=True):  # nobody else uses it
         pass
     with BlockDevice.open_file(metadata, exclusive=True) as device:
@@ -351,7 +353,7 @@ def _make_files(
     )
 
 
-def _make_file(path: Path, size: int, undo: contextlib.ExitStack) -> None:
+def _make_file(path: Path, size: int, undo: contextlib.ExitStack, *, shown: Path) -> None:
     """A sparse file of at least that size; a device or a larger file stays as it is."""
     if _is_device(path):
         return
@@ -377,7 +379,9 @@ def _make_file(path: Path, size: int, undo: contextlib.ExitStack) -> None:
         os.fsync(descriptor)
     except OSError as cause:
         raise errors.HostSpaceError(
-            f"{path} cannot have {size} bytes: {cause.strerror}", path=str(path), errno=cause.errno
+            f"{shown} cannot have {size} bytes: {cause.strerror}",
+            path=str(shown),
+            errno=cause.errno,
         ) from cause
     finally:
         os.close(descriptor)
