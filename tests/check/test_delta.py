@@ -30,7 +30,7 @@ SEEDS = range(6)
 
 
 class Family:
-    """Devices that share what was not changed since they parted, leaf by leaf. Tests' ids are seeds."""
+    """Devices that share what was not changed since they parted. A test's id is its seed."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
