@@ -256,7 +256,7 @@ class Thinpool:
     def remove_pool(self, pool: str) -> None:
         """Remove a pool: its names, and its files where they are under the root.
 
-        Data and metadata that were given as paths lose the superblock, so that they are empty.
+        Data and metadata that were given as paths stay, empty.
 
         Raises:
             BusyError: something is active in it.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from thinpool import errors
-from thinpool.api.session import CREATION_LOCK, Session, remove_directory
+from thinpool.api.session import CREATION_LOCK, Session, empty, remove_directory
 from thinpool.api.workbench import Finished, Workbench
 from thinpool.host.signatures import refuse_foreign
 from thinpool.model import DataSpace, MetadataSpace, PoolStatus, Progress, format_time
@@ -330,7 +330,7 @@ def _make_files(
         pass
     with BlockDevice.open_file(metadata, exclusive=True) as device:
         if not owns:
-            undo.callback(_wipe, metadata)
+            undo.callback(empty, str(metadata))
         format_pool(
             device,
             block_size=plan.block_size,
@@ -385,12 +385,6 @@ def _make_file(path: Path, size: int, undo: contextlib.ExitStack, *, shown: Path
         ) from cause
     finally:
         os.close(descriptor)
-
-
-def _wipe(path: Path) -> None:
-    from thinpool.api.session import wipe_superblock  # noqa: PLC0415 - only on failure
-
-    wipe_superblock(str(path))
 
 
 def _write_config_in(building: Path, config: PoolConfig) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import shutil
+import stat
+import struct
 import threading
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,6 +22,8 @@ if TYPE_CHECKING:
     from thinpool.names import PoolName, VolumeRef
 
 CREATION_LOCK: Final = "creating.lock"
+_BLKDISCARD: Final = 0x1277
+_ENDS: Final = 1 << 20
 
 
 class Session:
@@ -110,24 +117,35 @@ class Session:
 
 
 def remove_directory(directory: Path, config: poolfile.PoolConfig) -> None:
-    """Remove a pool's directory; what it owns elsewhere loses its superblock."""
+    """Remove a pool's directory; what it has elsewhere stays, empty."""
     if not config.owns_files:
-        wipe_superblock(config.metadata)
+        empty(config.metadata)
+        empty(config.data)
     # First what makes it a pool, so that an interrupted removal is no half pool.
     (directory / poolfile.FILE).unlink(missing_ok=True)
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def wipe_superblock(path: str) -> None:
-    """Make metadata that was given by path empty again, durably."""
-    import os  # noqa: PLC0415 - only where a pool is removed
+def empty(path: str) -> None:
+    """Empty a file or device that was given by path, and keep its size.
 
+    A file reads as zeros afterwards. A device is discarded, which may leave what it held; its first
+    and last bytes, where formats have their marks, are zeroed in any case.
+    """
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return
     try:
-        os.pwrite(descriptor, bytes(4096), 0)
+        size = os.lseek(descriptor, 0, os.SEEK_END)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.ftruncate(descriptor, 0)
+            os.ftruncate(descriptor, size)
+        else:
+            with contextlib.suppress(OSError):
+                fcntl.ioctl(descriptor, _BLKDISCARD, struct.pack("=QQ", 0, size))
+            for offset in (0, max(size - _ENDS, 0)):
+                os.pwrite(descriptor, bytes(min(_ENDS, size)), offset)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
