@@ -9,6 +9,7 @@ from thinpool.oci.extract import Extracted, Extractor
 from thinpool.oci.streams import IteratorSource
 
 BLOCK = 512
+ME, MY_GROUP = os.geteuid(), os.getegid()  # what anybody may give to a file
 
 
 def octal(value: int, width: int) -> bytes:
@@ -39,8 +40,8 @@ def header(
     kind: bytes = b"0",
     size: int | bytes = 0,
     mode: int | bytes = 0o644,
-    uid: int | bytes = 0,
-    gid: int | bytes = 0,
+    uid: int | bytes = ME,
+    gid: int | bytes = MY_GROUP,
     mtime: int | bytes = 1_600_000_000,
     linkname: bytes = b"",
     magic: bytes = b"ustar\00000",

@@ -427,6 +427,7 @@ HARMLESS = {
     "PAX size hides a header",  # read as PAX says: what follows is no header, or is one
     "size in decimal",
     "PAX record of nothing",
+    "PAX attribute without namespace",  # noted
 }
 
 

@@ -16,9 +16,9 @@ those of Docker's engine:
   name whose ``..`` climbs above the root is an error.
 * A hard link needs its target, in this layer or a lower one; metadata of the link's own member is
   not applied, the target's stands.
-* Owner, mode (setuid after owner), extended attributes, times, in this order. Times of directories
-  and default ACLs are set at the end; a default ACL of a lower layer's directory is not inherited.
-  ACLs as text (``SCHILY.acl.*``) are not read, as Docker does not.
+* Owner, extended attributes, mode, times: a change of owner takes setuid and capabilities away.
+  Times of directories and default ACLs are set at the end; a default ACL of a lower layer's
+  directory is not inherited. ACLs as text (``SCHILY.acl.*``) are not read, as Docker does not.
 
 Safety. Directories are opened only by ``openat2`` with RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS and
 RESOLVE_NO_XDEV; everything else is done to one name inside such a directory, with calls that do not
@@ -29,7 +29,8 @@ else changes the tree meanwhile (the mount is private), which is what cached dir
 Extended attributes. An attribute that the filesystem or the caller's rights cannot take is an
 error, because ``security.capability`` or an ACL lost in silence is a broken program. Exceptions,
 each named in the result's notes: other ``security.*`` labels (they belong to the host's security
-module, which may be another one), and everything where ``best_effort_xattrs`` is asked.
+module, which may be another one), namespaces that Linux does not have (``com.apple.*`` in layers
+built on a Mac), and everything where ``best_effort_xattrs`` is asked.
 
 Not thread-safe; one :class:`Extractor` per layer.
 """
@@ -74,6 +75,7 @@ _RESOLVE: Final = (
 )
 _OPEN_PATH: Final = os.O_PATH | os.O_DIRECTORY
 _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_NAMESPACES: Final = (b"user.", b"trusted.", b"security.", b"system.")  # of xattr(7)
 _DEFAULT_ACL: Final = b"system.posix_acl_default"
 _DEVICE_KINDS: Final = {
     tarformat.CHARACTER: stat.S_IFCHR,
@@ -448,11 +450,11 @@ class Extractor:
             elif member.size:
                 self._reader.data(lambda piece: self._write(fd, piece))
             self._own(member, fd)
-            os.fchmod(fd, member.mode)
             if parent.inherits:
                 self._drop_xattrs(member, fd)
             if member.xattrs:
                 self._xattrs(member, fd)
+            os.fchmod(fd, member.mode)  # after the attributes: nobody but root sets them on 0400
             os.utime(fd, ns=_times(member))
         finally:
             os.close(fd)
@@ -631,8 +633,9 @@ class Extractor:
         shown = tarformat.text(name)
         if error.errno not in (errno.EOPNOTSUPP, errno.EPERM, errno.EACCES):
             raise error
-        foreign_label = name.startswith(b"security.") and name != b"security.capability"
-        if self._best_effort_xattrs or foreign_label:
+        label = name.startswith(b"security.") and name != b"security.capability"
+        foreign = label or not name.startswith(_NAMESPACES)
+        if self._best_effort_xattrs or foreign:
             self._note(f"attribute {shown} left out ({error.strerror})")
             return
         raise NotPermittedError(
