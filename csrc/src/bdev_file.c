@@ -9,8 +9,9 @@
  *  - size is a multiple of io_align: a tail of the file that O_DIRECT cannot reach is not shown;
  *  - flush_errno, once set, stays: the kernel reports a lost write once and then forgets it.
  *
- * Thread-safety: positioned I/O on one descriptor; size and flush_errno are atomics. Resizes exclude
- * each other and a flush that believes the file truncated, which looks again under the lock.
+ * Thread-safety: positioned I/O on one descriptor; size and flush_errno are atomics. Resizes
+ * exclude each other and a flush that believes the file truncated, which looks again under the
+ * lock.
  */
 #include "thinpool/bdev.h"
 #include "thinpool/error.h"
@@ -234,7 +235,8 @@ static int check_length(struct file_bdev *file, struct tp_error *err)
 
 /*
  * What a completed flush promises is that the data can be found again. A file that lost its last
- * name cannot, and one that was cut shorter under us has lost some; fdatasync would say all is well.
+ * name cannot, and one that was cut shorter under us has lost some; fdatasync would say all is
+ * well.
  */
 static int still_there(struct file_bdev *file, struct tp_error *err)
 {
@@ -559,7 +561,8 @@ static int is_alignment(uint32_t value)
 	return value && value <= ALIGN_MAX && !(value & (value - 1));
 }
 
-/* The kernel says what direct I/O on this very file takes, or that it would not be direct at all. */
+/* The kernel says what direct I/O on this very file takes, or that it would not be direct at
+ * all. */
 static int ask_alignment(struct file_bdev *file, struct tp_error *err)
 {
 	int logical = 0;

@@ -235,7 +235,8 @@ static int mem_resize(struct tp_bdev *bdev, uint64_t size, struct tp_error *err)
 		return 0;
 	pthread_rwlock_wrlock(&mem->lock);
 	old = atomic_load(&mem->size);
-	/* What is cut off reads as zeros when it comes back: the tail of the last page, and bits. */
+	/* What is cut off reads as zeros when it comes back: the tail of the last page, and
+	 * bits. */
 	if (size < old)
 		punch_locked(mem, size, old - size);
 	status = remap_locked(mem, old, size);

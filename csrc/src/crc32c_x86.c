@@ -94,7 +94,8 @@ SSE42 ALWAYS_INLINE uint32_t three_lanes(uint32_t crc, const unsigned char *at, 
 	return (uint32_t)_mm_crc32_u64(c, load64(at + 2 * lane + i) ^ moved);
 }
 
-/* Three lanes of 1360 are all of a metadata block, with or without its checksum, but 12 or 16 bytes. */
+/* Three lanes of 1360 are all of a metadata block, with or without its checksum, but 12 or 16
+ * bytes. */
 #define LONG_LANE       1360
 #define LONG_OVER_ONE   0x3f70cc6fU
 #define LONG_OVER_TWO   0x5aa1f3cfU

@@ -511,7 +511,8 @@ static uint32_t insert_run(struct tp_volume *volume, const struct locked_run *ru
 		atomic_store(&volume->changed_in, tp_md_transaction(pool->md));
 		tp_pool_dirtied(pool);
 	}
-	/* After a failed insert its block may be half accounted for; nothing is allocated any more. */
+	/* After a failed insert its block may be half accounted for; nothing is allocated any
+	 * more. */
 	if (!r && i < blocks.length)
 		tp_data_map_unreserve(tp_md_data_map(pool->md), blocks.begin + i,
 				      blocks.length - i);

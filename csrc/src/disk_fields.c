@@ -4,8 +4,8 @@
 #include "thinpool/disk_format.h"
 
 #define FIELD(record, type, member)                                                                \
-	{record, #member, (uint32_t)offsetof(struct type, member),                                 \
-	 (uint32_t)sizeof(((struct type *)0)->member)}
+	{ record, #member, (uint32_t)offsetof(struct type, member),                                \
+	  (uint32_t)sizeof(((struct type *)0)->member) }
 
 #define SUPERBLOCK(member)  FIELD("superblock", tp_disk_superblock, member)
 #define MAP_ROOT(member)    FIELD("space_map_root", tp_disk_space_map_root, member)

@@ -102,7 +102,8 @@ static int commit(struct tp_pool *pool, struct tp_error *err)
 		r = tp_pool_failed(pool, r);
 	else if (changed)
 		finish(pool, transaction);
-	/* It failed in memory while this was written: the superblock just written lacks the flag. */
+	/* It failed in memory while this was written: the superblock just written lacks the
+	 * flag. */
 	if (!r && changed && atomic_load(&pool->needs_check))
 		(void)tp_md_write_needs_check(pool->md, true, NULL);
 	pthread_mutex_unlock(&pool->md_lock);

@@ -5,8 +5,9 @@
  * cache, gate) and data_path.c (read, write, discard, zero).
  *
  * Locks, in the order in which they are taken:
- *   changes_lock -> a volume's gate -> block locks (one at a time) -> commit_lock -> md_lock -> the small ones
- *   (space_lock, event_lock, background_lock), none of which is held while taking another.
+ *   changes_lock -> a volume's gate -> block locks (one at a time) -> commit_lock -> md_lock -> the
+ *   small ones (space_lock, event_lock, background_lock), none of which is held while taking
+ *   another.
  * I/O on the data device is done with a gate and block lock held, never with md_lock; the metadata
  * device is read under md_lock (a cache miss) and written under commit_lock only.
  */

@@ -302,7 +302,8 @@ static void reap(struct data_state *state)
 	int results[BATCH];
 	unsigned i;
 
-	/* Copied out first: what is answered may bring the next request, and its I/O fills the ring. */
+	/* Copied out first: what is answered may bring the next request, and its I/O fills the
+	 * ring. */
 	io_uring_for_each_cqe(&state->ring, head, cqe)
 	{
 		tags[seen] = cqe->user_data;

@@ -205,7 +205,8 @@ static struct result measure_scan(struct scan *scan, struct extent *got, uint64_
 		double took = 0;
 		uint64_t calls = 0;
 
-		/* The clock is asked every 64 calls, or each time where a call takes long anyway. */
+		/* The clock is asked every 64 calls, or each time where a call takes long
+		 * anyway. */
 		for (uint64_t done = 0; done < blocks && took < SCAN_SECONDS_MAX;
 		     done += got[calls++].length) {
 			got[calls] = scan_alloc(scan, want);

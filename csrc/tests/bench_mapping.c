@@ -10,10 +10,10 @@
 #include "pool_private.h"
 #include "thinpool/volume_map.h"
 
-#define BLOCK 65536u
+#define BLOCK    65536u
 #define MAPPINGS 1000000u
-#define LOOKUPS 4000000u
-#define ROUNDS 5
+#define LOOKUPS  4000000u
+#define ROUNDS   5
 
 static double now(void)
 {
@@ -85,8 +85,8 @@ int main(void)
 		best[0] = rate > best[0] ? rate : best[0];
 		begin = now();
 		for (uint32_t i = 0; i < LOOKUPS; i++) {
-			TP_ASSERT(!tp_volume_map(volume, order[i % MAPPINGS] * BLOCK, 4096, 1,
-						 &map));
+			TP_ASSERT(
+				!tp_volume_map(volume, order[i % MAPPINGS] * BLOCK, 4096, 1, &map));
 			sum += map.extents[0].data_offset;
 			tp_volume_unmap(volume, &map);
 		}

@@ -44,3 +44,8 @@ def test_python_is_formatted() -> None:
 
 def test_mypy_strict_finds_nothing() -> None:
     run_tool("mypy")
+
+
+def test_c_is_formatted() -> None:
+    files = sorted(str(path) for path in REPOSITORY.glob("csrc/**/*.[ch]"))
+    run_tool("clang-format", "--dry-run", "--Werror", *files)

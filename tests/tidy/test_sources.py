@@ -112,6 +112,16 @@ def test_header_opens_with_licence_and_purpose(header: Path) -> None:
     assert lines[1].startswith("/*"), "the second line begins the module's purpose"
 
 
+def test_c_lines_fit_in_100_columns() -> None:
+    long = [
+        f"{relative(path)}:{number}: {len(line.expandtabs(8))} columns"
+        for path in C_FILES
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line.expandtabs(8)) > 100
+    ]
+    assert not long, "\n".join(long)
+
+
 def test_c_calls_nothing_that_is_banned() -> None:
     pattern = re.compile(rf"(?<![\w.>])({'|'.join(BANNED_IN_C)})\s*\(")
     found = []

@@ -17,8 +17,8 @@
  * does is TP_E_IO with host_errno 0. A flush that failed is final: what the host failed to write it
  * may have forgotten, so each later flush of that device fails likewise.
  *
- * A device that stacks (fault, log) borrows the one below it, which must outlive it; tp_bdev_close()
- * closes only the device it is given, and only when no operation on it is running.
+ * A device that stacks (fault, log) borrows the one below it, which must outlive it;
+ * tp_bdev_close() closes only the device it is given, and only when no operation on it is running.
  */
 #ifndef THINPOOL_BDEV_H
 #define THINPOOL_BDEV_H

@@ -37,7 +37,8 @@ int tp_data_map_open(struct tp_tm *tm, const struct tp_disk_space_map_root *root
 void tp_data_map_destroy(struct tp_data_map *map);
 int tp_data_map_resize(struct tp_data_map *map, uint64_t nr_blocks, struct tp_error *err);
 
-/* TP_E_DATA_SPACE, err untouched, when nothing is allocatable (blocks may be waiting for a commit). */
+/* TP_E_DATA_SPACE, err untouched, when nothing is allocatable (blocks may be waiting for a
+ * commit). */
 int tp_data_map_reserve(struct tp_data_map *map, uint64_t *block_ret);
 /* Up to want neighbours, at least one: as above. */
 int tp_data_map_reserve_some(struct tp_data_map *map, uint64_t want, uint64_t *begin_ret,
