@@ -49,6 +49,7 @@ class ServedVolumes:
         self._mount_point = mount_point
         self._lock = threading.Lock()
         self._volumes: dict[int, Volume] = {}
+        self._leaving: set[int] = set()
         self.lost: list[tuple[ServedVolume, errors.ThinpoolError]] = []
         """Those of the table that could not be brought back, and why."""
         for entry in table.entries():
@@ -126,12 +127,18 @@ class ServedVolumes:
         """
         with self._lock:
             volume = self._volumes.get(volume_id)
-            if volume is None or self._server is None:
+            if volume is None or self._server is None or volume_id in self._leaving:
                 raise errors.NotFoundError(f"volume {volume_id} is not served", volume_id=volume_id)
+            self._leaving.add(volume_id)
+        try:
+            # Without the lock: its writes may wait for space, and that is nobody else's matter.
             self._server.remove_file(volume_id)
-            self._table.remove(volume_id)
-            del self._volumes[volume_id]
+            with self._lock:
+                self._table.remove(volume_id)
+                del self._volumes[volume_id]
             volume.close()
+        finally:
+            self._leaving.discard(volume_id)
 
     def resize(self, volume_id: VolumeId, size: int) -> None:
         """Change the size of a served volume; a loop device over it has to be told.

@@ -50,6 +50,7 @@ LOG_FILE: Final = "server.log"
 DATA_THREADS: Final = 2
 
 _BACKLOG: Final = 128
+_LOG_BYTES: Final = 1 << 20
 _MAX_FAILURES: Final = 50
 """Workers in a row that died before they served; then the server gives up."""
 _MAX_FIRST_FAILURES: Final = 3
@@ -556,6 +557,7 @@ def _detach(directory: Path) -> int:
     os.setsid()
     if os.fork():
         os._exit(0)
+    _rotate(directory / LOG_FILE)
     log = os.open(
         directory / LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
     )
@@ -572,6 +574,13 @@ def _detach(directory: Path) -> int:
         os.environ["PYTHONPATH"] = os.pathsep.join(parts)
     os.chdir("/")
     return write
+
+
+def _rotate(path: Path) -> None:
+    """Keep one old log, so that a server started every minute fills no disk."""
+    with contextlib.suppress(OSError):
+        if path.stat().st_size > _LOG_BYTES:
+            path.replace(path.with_suffix(".log.1"))
 
 
 def _wait_and_exit(read: int) -> None:
