@@ -325,7 +325,13 @@ def _make_files(
     if data.exists() and metadata.exists() and data.samefile(metadata):
         raise errors.UsageError("data and metadata cannot be the same", what="metadata")
     _make_file(data, data_size, undo, shown=directory / "data" if owns else data)
-    _make_file(metadata, metadata_size, undo, shown=directory / "metadata" if owns else metadata)
+    _make_file(
+        metadata,
+        metadata_size,
+        undo,
+        shown=directory / "metadata" if owns else metadata,
+        allocated=True,
+    )
     with BlockDevice.open_file(data, exclusive=True):  # nobody else uses it
         pass
     with BlockDevice.open_file(metadata, exclusive=True) as device:
@@ -353,8 +359,14 @@ def _make_files(
     )
 
 
-def _make_file(path: Path, size: int, undo: contextlib.ExitStack, *, shown: Path) -> None:
-    """A sparse file of at least that size; a device or a larger file stays as it is."""
+def _make_file(
+    path: Path, size: int, undo: contextlib.ExitStack, *, shown: Path, allocated: bool = False
+) -> None:
+    """A sparse file of at least that size; a device or a larger file stays as it is.
+
+    Metadata is allocated at once: when the host's disk runs full later, data waits for space, but a
+    metadata write that failed would turn the pool read-only.
+    """
     if _is_device(path):
         return
     existed = path.exists()
@@ -376,6 +388,8 @@ def _make_file(path: Path, size: int, undo: contextlib.ExitStack, *, shown: Path
             undo.callback(path.unlink, missing_ok=True)
         if before < size:
             os.ftruncate(descriptor, size)
+        if allocated:
+            os.posix_fallocate(descriptor, 0, size)
         os.fsync(descriptor)
     except OSError as cause:
         raise errors.HostSpaceError(

@@ -212,7 +212,7 @@ def extend(
                 value=metadata_size,
             )
         _refuse_shrink("metadata", metadata_size, status.metadata_blocks_total * METADATA_BLOCK)
-        _grow_device(metadata, config.metadata, metadata_size)
+        _grow_device(metadata, config.metadata, metadata_size, allocated=True)
         pool.resize_metadata()
 
 
@@ -226,7 +226,8 @@ def _refuse_shrink(what: str, wanted: int, present: int) -> None:
         )
 
 
-def _grow_device(device: BlockDevice, path: str, size: int) -> None:
+def _grow_device(device: BlockDevice, path: str, size: int, *, allocated: bool = False) -> None:
+    """Of metadata the host's space is taken at once: see _make_file in thinpool.api.pools."""
     if device.size >= size:
         return
     if not Path(path).is_file():
@@ -236,7 +237,16 @@ def _grow_device(device: BlockDevice, path: str, size: int) -> None:
             value=size,
             path=path,
         )
+    before = device.size
     device.resize(size)
+    if allocated:
+        with Path(path).open("rb+") as file:
+            try:
+                os.posix_fallocate(file.fileno(), before, size - before)
+            except OSError as cause:
+                raise errors.HostSpaceError(
+                    f"{path} cannot have {size} bytes: {cause.strerror}", path=path
+                ) from cause
 
 
 def autoextend(
