@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 
 echo "== packages"
 setup_packages $BUILD_PACKAGES git make thin-provisioning-tools e2fsprogs xfsprogs fio mount \
-	util-linux procps xz-utils zstd kmod
+	util-linux procps xz-utils zstd kmod skopeo groff-base
 if [ "$(id -u)" != 0 ]; then
 	echo "not root: what mounts (FUSE, loop devices, filesystems) is skipped and says so; the rest runs"
 fi
