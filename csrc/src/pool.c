@@ -477,7 +477,7 @@ int tp_pool_clear_needs_check(struct tp_pool *pool, struct tp_error *err)
 	if (pool->options.read_only)
 		return tp_fail(err, TP_E_READ_ONLY, "the pool is open read-only");
 	pthread_mutex_lock(&pool->md_lock);
-	if (tp_md_changed(pool->md))
+	if (tp_md_uncommitted(pool->md))
 		r = tp_fail(err, TP_E_NEEDS_CHECK,
 			    "the pool failed with changes in memory: open it "
 			    "again before clearing needs-check");

@@ -13,14 +13,15 @@
 #include "thinpool/error.h"
 #include "thinpool/volume_map.h"
 
-#define BLOCK   65536u
-#define THREADS 3
-#define BLOCKS  24u
-#define STEPS   3000u
-#define SECTOR  512u
+#define BLOCK      65536u
+#define THREADS    3
+#define BLOCKS     24u
+#define STEPS      3000u
+#define SECTOR     512u
+#define RUN_BLOCKS 12u
 
 static struct tp_pool *pool;
-static struct tp_volume *volumes[2];
+static struct tp_volume *volumes[2], *runs;
 static _Atomic int running = THREADS;
 
 static uint32_t next_random(uint64_t *state)
@@ -63,21 +64,57 @@ static void through_map(struct tp_volume *volume, uint64_t offset, void *buffer,
 	}
 }
 
+/* Runs of whole blocks in a region of the thread's own: first writes, overwrites and unmapping. */
+static void work_in_runs(uint32_t number, uint64_t *state, uint8_t *model, uint8_t *buffer)
+{
+	uint32_t block = next_random(state) % RUN_BLOCKS, i;
+	uint32_t count = 1 + next_random(state) % (RUN_BLOCKS - block);
+	uint64_t offset = (uint64_t)(number * RUN_BLOCKS + block) * BLOCK;
+	struct tp_error err;
+
+	tp_error_clear(&err);
+	switch (next_random(state) % 3) {
+	case 0:
+		for (i = 0; i < count; i++) {
+			model[block + i] = (uint8_t)(1 + next_random(state) % 255);
+			memset(buffer + (size_t)i * BLOCK, model[block + i], BLOCK);
+		}
+		pass(tp_volume_write(runs, offset, buffer, (size_t)count * BLOCK, &err), &err,
+		     "write a run");
+		break;
+	case 1:
+		memset(model + block, 0, count);
+		pass(tp_volume_zero(runs, offset, (uint64_t)count * BLOCK, &err), &err,
+		     "zero a run");
+		break;
+	default:
+		pass(tp_volume_read(runs, offset, buffer, (size_t)count * BLOCK, &err), &err,
+		     "read a run");
+		for (i = 0; i < count; i++)
+			TP_ASSERT(buffer[(size_t)i * BLOCK] == model[block + i] &&
+				  buffer[(size_t)(i + 1) * BLOCK - 1] == model[block + i]);
+		break;
+	}
+}
+
 static void *worker(void *argument)
 {
 	uint32_t number = (uint32_t)(uintptr_t)argument, step;
 	uint8_t (*model)[BLOCKS] = calloc(2, sizeof(*model));
-	uint8_t buffer[SECTOR], wanted[SECTOR];
+	uint8_t buffer[SECTOR], wanted[SECTOR], run_model[RUN_BLOCKS] = { 0 };
+	uint8_t *run_buffer = malloc((size_t)RUN_BLOCKS * BLOCK);
 	uint64_t state = number + 1;
 	struct tp_error err;
 
-	TP_ASSERT(model);
+	TP_ASSERT(model && run_buffer);
 	for (step = 0; step < STEPS; step++) {
 		uint32_t v = next_random(&state) % 2, block = next_random(&state) % BLOCKS;
 		uint64_t offset = (uint64_t)block * BLOCK + number * SECTOR;
 		uint32_t kind = next_random(&state) % 100;
 
 		tp_error_clear(&err);
+		if (step % 8 == 0)
+			work_in_runs(number, &state, run_model, run_buffer);
 		if (kind < 45) {
 			model[v][block] = (uint8_t)(1 + next_random(&state) % 255);
 			memset(buffer, model[v][block], SECTOR);
@@ -94,6 +131,7 @@ static void *worker(void *argument)
 		}
 	}
 	free(model);
+	free(run_buffer);
 	atomic_fetch_sub(&running, 1);
 	return NULL;
 }
@@ -107,7 +145,7 @@ static void *upheaval(void *argument)
 	(void)argument;
 	while (atomic_load(&running)) {
 		tp_error_clear(&err);
-		pass(tp_snapshot_create(pool, id, 1 + id % 2, &err), &err, "snapshot");
+		pass(tp_snapshot_create(pool, id, 1 + id % 3, &err), &err, "snapshot");
 		if (id >= 104)
 			pass(tp_volume_delete(pool, id - 4, &err), &err, "delete");
 		pass(tp_pool_punch_some(pool, 64, NULL, &err), &err, "punch");
@@ -137,6 +175,9 @@ int main(void)
 				    &err),
 		     &err, "open volume");
 	}
+	pass(tp_volume_create(pool, 3, &err), &err, "create");
+	pass(tp_volume_open(pool, 3, (uint64_t)THREADS * RUN_BLOCKS * BLOCK, 0, &runs, &err), &err,
+	     "open volume");
 	for (i = 0; i < THREADS; i++)
 		TP_ASSERT(!pthread_create(&threads[i], NULL, worker, (void *)i));
 	TP_ASSERT(!pthread_create(&threads[THREADS], NULL, upheaval, NULL));
@@ -144,6 +185,7 @@ int main(void)
 		pthread_join(threads[i], NULL);
 	for (i = 0; i < 2; i++)
 		tp_volume_close(volumes[i]);
+	tp_volume_close(runs);
 	pass(tp_pool_close(pool, &err), &err, "close");
 	tp_bdev_close(metadata);
 	tp_bdev_close(data);
