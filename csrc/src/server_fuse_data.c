@@ -15,8 +15,10 @@
 #define SQ_ENTRIES 512u
 #define CQ_ENTRIES 4096u
 #define BATCH      64u /* requests read before their I/O is started */
-#define NR_POLLS   2u
-#define NR_FIXED   16u /* files that the ring knows by number */
+/* Slots that stay in memory when idle: the next burst need not fault them in. */
+#define RESIDENT_AT_REST 4u
+#define NR_POLLS         2u
+#define NR_FIXED         16u /* files that the ring knows by number */
 
 /* user_data is a slot, or one of these. */
 #define TAG_FUSE  1u
@@ -359,7 +361,7 @@ static void give_back_memory(struct data_state *state)
 	pthread_mutex_unlock(&slots->lock);
 	/* Where another thread works it does this when it rests. */
 	if (idle)
-		tp_fuse_slots_trim(slots, 0);
+		tp_fuse_slots_trim(slots, RESIDENT_AT_REST);
 }
 
 static bool stopping(const struct data_state *state)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from thinpool.engine import Pool, Volume
     from thinpool.model import VolumeId
 
-DEFAULT_SLOTS: Final = 512
+DEFAULT_SLOTS: Final = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
