@@ -149,18 +149,19 @@ def create_pool(session: Session, plan: PoolPlan) -> PoolStatus:
         config = _make_files(plan, building, directory, sizes, undo)
         _write_config_in(building, config)
         _move_in_place(session, plan.name, building, directory)
-        undo.callback(_take_back, session, plan.name, directory, config)
+        undo.callback(_take_back, session, plan, directory, config)
         status = _finish(session, plan)
         undo.pop_all()
         lock.close()
     return status
 
 
-def _take_back(session: Session, name: str, directory: Path, config: PoolConfig) -> None:
+def _take_back(session: Session, plan: PoolPlan, directory: Path, config: PoolConfig) -> None:
     with contextlib.suppress(errors.ThinpoolError):
-        _client_of_unfinished(session, name).stop_server()
-    remove_directory(directory, config)
-    session.forget(name)
+        _client_of_unfinished(session, plan.name).stop_server()
+    # What was empty is so again; what was to be overwritten by force is spared as far as can be.
+    remove_directory(directory, config, keep_data=plan.force)
+    session.forget(plan.name)
 
 
 def _refuse_existing(session: Session, name: str) -> None:

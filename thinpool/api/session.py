@@ -116,11 +116,14 @@ class Session:
         )
 
 
-def remove_directory(directory: Path, config: poolfile.PoolConfig) -> None:
-    """Remove a pool's directory; what it has elsewhere stays, empty."""
+def remove_directory(
+    directory: Path, config: poolfile.PoolConfig, *, keep_data: bool = False
+) -> None:
+    """Remove a pool's directory; what it has elsewhere stays, empty unless its data is kept."""
     if not config.owns_files:
         empty(config.metadata)
-        empty(config.data)
+        if not keep_data:
+            empty(config.data)
     # First what makes it a pool, so that an interrupted removal is no half pool.
     (directory / poolfile.FILE).unlink(missing_ok=True)
     shutil.rmtree(directory, ignore_errors=True)
