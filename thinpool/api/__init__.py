@@ -322,6 +322,8 @@ class Thinpool:
 
         if mount is not None:
             volumes.check_mount_point(mount)
+        if mount is not None:
+            volumes.check_directory(Path(mount))
         made = volumes.snapshot(
             self._session, source, target, read_only=read_only, size=size, labels=labels or {}
         )
@@ -330,9 +332,9 @@ class Thinpool:
                 return self.mount(target, mount).volume
             if activate:
                 return self.activate(target).volume
-        except BaseException:  # all of it or nothing, so that it can be asked for again
+        except BaseException:
             with contextlib.suppress(errors.ThinpoolError):
-                self.remove([target], deactivate=True)
+                self.remove([target], deactivate=True)  # asked for as one: nothing stays of it
             raise
         return made
 

@@ -137,11 +137,11 @@ def create_pool(session: Session, plan: PoolPlan) -> PoolStatus:
     plan.check()
     directory = poolfile.pool_directory(session.root, plan.name)
     _refuse_existing(session, plan.name)
-    sizes = _sizes(plan)
     for path in (plan.data, plan.metadata):
         if path is not None:
-            refuse_foreign(path, force=plan.force)
             _refuse_owned(session, path)
+            refuse_foreign(path, force=plan.force)
+    sizes = _sizes(plan)
     with (
         _new_directory(session, plan.name) as (building, lock),
         contextlib.ExitStack() as undo,
@@ -197,6 +197,10 @@ def _refuse_owned(session: Session, path: Path) -> None:
 def _sizes(plan: PoolPlan) -> tuple[int, int]:
     """Bytes of data and metadata."""
     size = plan.size if plan.size is not None else _present_size(plan.data)
+    if size is None and plan.data is not None and not plan.data.exists():
+        raise errors.NotFoundError(
+            f"{plan.data} does not exist: give --size, and it is made", path=str(plan.data)
+        )
     if size is None:
         raise errors.UsageError(
             "how large shall the pool be? Give --size, or --data with a device or a file that "

@@ -164,6 +164,18 @@ def mount(
     )
 
 
+def check_directory(directory: Path) -> str:
+    """The real path of a directory to mount on.
+
+    Raises:
+        NotFoundError: it is none.
+    """
+    target = os.path.realpath(directory)
+    if not Path(target).is_dir():
+        raise errors.NotFoundError(f"{directory} is no directory", path=str(directory))
+    return target
+
+
 def _device_for_mount(client: PoolClient, volume: Volume, *, read_only: bool) -> Activation:
     """Its device; one that is active writable serves a read-only mount too."""
     try:
