@@ -53,9 +53,18 @@ LAYERS: dict[str, set[str]] = {
         "thinpool.server",
         "thinpool.store",
     },
+    "thinpool.graphdriver": BASE
+    | {"thinpool", "thinpool.api", "thinpool.host", "thinpool.oci", "thinpool.server"},
     "thinpool.__main__": {"thinpool.cli"},
     "thinpool.cli": BASE
-    | {"thinpool", "thinpool.api", "thinpool.check", "thinpool.format", "thinpool.host"},
+    | {
+        "thinpool",
+        "thinpool.api",
+        "thinpool.check",
+        "thinpool.format",
+        "thinpool.graphdriver",
+        "thinpool.host",
+    },
 }
 
 BANNED_IN_C = {

@@ -239,7 +239,7 @@ def _layer_name(client: PoolClient, chain_id: str, layer: Volume) -> str:
 
 
 @contextlib.contextmanager
-def _still(client: PoolClient, bench: Workbench, name: str) -> Iterator[Volume]:
+def still(client: PoolClient, bench: Workbench, name: str) -> Iterator[Volume]:
     """A volume that does not change: itself if it is sealed, else a settled snapshot of it."""
     found = Volume.from_json(client.call("get", {"name": name}))
     snapshot = bench.snapshot(name, kind=found.kind)
@@ -271,7 +271,7 @@ def diff(
     with Workbench(client) as bench, contextlib.ExitStack() as stack:
         roots = []
         for name in names:
-            volume = stack.enter_context(_still(client, bench, name))
+            volume = stack.enter_context(still(client, bench, name))
             roots.append(stack.enter_context(bench.mounted(volume, read_only=True)))
         return [
             FileChange(path=os.fsdecode(change.path), change=change.kind)
@@ -296,13 +296,13 @@ def export(
     with (
         _output(output) as (stream, path),  # first: nothing is begun for what cannot be written
         Workbench(client) as bench,
-        _still(client, bench, ref.name) as still,
+        still(client, bench, ref.name) as source,
     ):
         if raw:
-            with bench.raw(still, writable=False) as handle:
-                written = _write_raw(handle, stream, still.mapped, progress)
+            with bench.raw(source, writable=False) as handle:
+                written = _write_raw(handle, stream, source.mapped, progress)
         else:
-            with bench.mounted(still, read_only=True) as root:
+            with bench.mounted(source, read_only=True) as root:
                 written = _write_tar(root, stream, progress)
         stream.flush()
     return Exported(volume=found, output=path, written=written)

@@ -59,7 +59,7 @@ COMMANDS: Final = {
     "dump": _AT + "care",
     "restore": _AT + "later",
     "repair": _AT + "later",
-    "serve": _AT + "later",
+    "serve": _AT + "serve",
     "doctor": _AT + "care",
     "bench": _AT + "later",
     "completion": _AT + "shells",

@@ -19,7 +19,7 @@ def _later(name: str, *, summary: str, instead: str | None = None) -> Command:
         hint = "" if instead is None else f"; {instead}"
         raise NotThereYetError(
             f"{name} is not there yet: a later version brings it{hint}",
-            operation=" ".join((name, *arguments[:1])) if name == "serve" else name,
+            operation=name,
         )
 
     hint = "" if instead is None else f" Meanwhile {instead}."
@@ -42,12 +42,6 @@ COMMANDS: Final = {
         "repair",
         summary="Write new metadata beside damaged, and swap.",
         instead="thin_repair of thin-provisioning-tools works on the same format",
-    ),
-    "serve": _later(
-        "serve",
-        summary="Serve a pool to Docker or containerd.\n\n\b\n"
-        "serve graphdriver POOL [--name N] [--socket PATH]\n"
-        "serve snapshotter POOL [--socket PATH]",
     ),
     "bench": _later("bench", summary="Measure a pool."),
 }

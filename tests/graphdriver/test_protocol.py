@@ -1,0 +1,446 @@
+"""The calls as Docker makes them: layers made, mounted, counted, removed; restarts between them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.graphdriver.kit import RefusedError, eventually, tar_of
+
+pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.loop, pytest.mark.ext4]
+
+MIB = 1 << 20
+
+
+def refused(call, *arguments, **fields):
+    """The text of an error that has to come."""
+    with pytest.raises(RefusedError) as found:
+        call(*arguments, **fields)
+    return str(found.value)
+
+
+# ---- discovery ----------------------------------------------------------------------------
+
+
+def test_plugin_says_what_it_is(driver):
+    assert driver.call("Plugin.Activate") == {"Implements": ["GraphDriver"]}
+    assert driver.call("GraphDriver.Capabilities") == {"Capabilities": {}}
+
+
+def test_init_takes_the_recorded_request_and_answers_nothing(driver):
+    fields = {"Home": "/var/lib/docker/tp", "Opts": None, "UIDMaps": None, "GIDMaps": None}
+    assert driver.call("GraphDriver.Init", **fields) == {}
+    assert driver.call("GraphDriver.Init", **{**fields, "Opts": ["thinpool.basesize=1G"]}) == {}
+
+
+def test_init_refuses_remapped_users(driver):
+    maps = [{"container_id": 0, "host_id": 100000, "size": 65536}]
+    assert "userns-remap" in refused(driver.call, "GraphDriver.Init", UIDMaps=maps)
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("thinpool.basesize=512M", "less than the base's"),
+        ("thinpool.basesize=x", "not a size"),
+        ("thinpool.fs=xfs", "has ext4, not xfs"),
+        ("dm.mkfsarg=-m0", "create-pool --mkfs-option"),
+        ("dm.thinpooldev=/dev/mapper/x", "attach-pool"),
+        ("dm.datadev=/dev/x", "create-pool --data"),
+        ("dm.blocksize=128K", "create-pool --block-size"),
+        ("dm.directlvm_device=/dev/x", "create-pool --data"),
+        ("dm.blkdiscard=false", "always given back"),
+        ("dm.use_deferred_removal=maybe", "true or false"),
+        ("thinpool.mountopt=bind", "makes no sense"),
+        ("thinpool.min_free_space=200%", "percent"),
+        ("thinpool.nonsense=1", "no such option"),
+        ("overlay2.size=1G", "no option of thinpool"),
+        ("thinpool.fs", "=VALUE"),
+    ],
+)
+def test_option_that_cannot_be_honoured_is_refused_with_what_does_it(driver, option, says):
+    assert says in refused(driver.call, "GraphDriver.Init", Opts=[option])
+
+
+def test_options_that_are_settings_are_set_and_others_kept(driver):
+    given = [
+        "thinpool.min_free_space=5%",
+        "dm.thinp_autoextend_threshold=80",
+        "dm.thinp_autoextend_percent=20",
+        "dm.use_deferred_deletion=false",
+        "dm.override_udev_sync_check=true",
+        "dm.blkdiscard=true",
+        "thinpool.fs=ext4",
+        "thinpool.mountopt=noatime",
+    ]
+    driver.call("GraphDriver.Init", Opts=given)
+    status = driver.api.status(driver.pool)
+    assert (status.min_free, status.autoextend_threshold, status.autoextend_percent) == (5, 80, 20)
+    driver.kill()
+    driver.start()  # dockerd does not call Init again
+    assert driver.status()["Deferred Deletion Enabled"] == "false"
+    driver.create("optioned")
+    where = driver.get("optioned")
+    table = Path("/proc/self/mountinfo").read_text()
+    line = next(each for each in table.splitlines() if f" {where} " in each)
+    assert "noatime" in line.split()[5]
+    assert not {"nodev", "nosuid"} & set(line.split()[5].split(","))
+    driver.put("optioned")
+    driver.remove("optioned")
+    driver.call("GraphDriver.Init", Opts=None)
+
+
+def test_status_has_the_facts_of_docker_info(driver):
+    status = driver.status()
+    assert status["Pool Name"] == "p"
+    assert status["Pool Blocksize"] == "64 KiB"
+    assert status["Base Device Size"] == "1 GiB"
+    assert status["Backing Filesystem"] == "ext4"
+    assert status["Data Space Total"] == "2 GiB"
+    assert {
+        "Data Space Used",
+        "Data Space Available",
+        "Metadata Space Used",
+        "Metadata Space Total",
+        "Metadata Space Available",
+        "Thin Pool Minimum Free Space",
+        "Deferred Removal Enabled",
+        "Deferred Deletion Enabled",
+        "Deferred Deleted Device Count",
+    } <= status.keys()
+
+
+def test_socket_and_folders_are_roots_alone(driver):
+    assert driver.socket.stat().st_mode & 0o777 == 0o600
+    assert driver.places.stat().st_mode & 0o777 == 0o700
+    kept = driver.root / "pools" / "p" / "graphdriver-tp"
+    assert kept.stat().st_mode & 0o777 == 0o700
+    assert (kept / "state.db").stat().st_mode & 0o777 == 0o600
+
+
+def test_other_users_are_not_answered(driver):
+    program = (
+        "import socket, os, sys; s = socket.socket(socket.AF_UNIX);"
+        "fd = os.open(sys.argv[1], os.O_PATH); os.setuid(65534);"
+        "s.connect(f'/proc/self/fd/{fd}')"
+    )
+    done = subprocess.run(
+        ["python3", "-c", program, str(driver.socket)], capture_output=True, text=True, check=False
+    )
+    assert "PermissionError" in done.stderr
+
+
+# ---- making -------------------------------------------------------------------------------
+
+
+def test_new_layer_without_parent_is_an_empty_directory(driver):
+    driver.create("empty")
+    where = driver.get("empty")
+    assert list(where.iterdir()) == []
+    assert where.stat().st_mode & 0o7777 == 0o755
+    driver.put("empty")
+    driver.remove("empty")
+
+
+def test_create_again_is_fine_with_the_same_parent_only(driver):
+    driver.create("one")
+    driver.create("one")
+    driver.create("two", "one")
+    driver.create("two", "one")
+    assert "exists already" in refused(driver.create, "two")
+    assert "no layer missing" in refused(driver.create, "three", "missing")
+    assert "own parent" in refused(driver.create, "three", "three")
+    assert not driver.exists("three")
+    driver.remove("two")
+    driver.remove("one")
+
+
+def test_layers_share_what_is_below_and_keep_their_own(driver):
+    driver.layer("below", **{"etc": None, "etc/a": b"a", "etc/b": b"b"})
+    driver.create("left", "below")
+    driver.create("right", "below")
+    left, right = driver.get("left"), driver.get("right")
+    (left / "etc/a").write_text("changed")
+    (right / "etc/b").unlink()
+    assert (right / "etc/a").read_text() == "a"
+    assert (left / "etc/b").read_text() == "b"
+    below = driver.get("below")
+    assert sorted(each.name for each in (below / "etc").iterdir()) == ["a", "b"]
+    for layer in ("left", "right", "below"):
+        driver.put(layer)
+        driver.remove(layer)
+
+
+def test_layer_on_one_that_is_mounted_and_written_to(driver):
+    driver.create("live")
+    where = driver.get("live")
+    (where / "f").write_text("x" * 100_000)
+    driver.create("child", "live")
+    assert (driver.get("child") / "f").read_text() == "x" * 100_000
+    for layer in ("child", "live"):
+        driver.put(layer)
+        driver.remove(layer)
+
+
+def test_no_limit_of_depth_and_the_cost_stays(driver):
+    names = [f"deep{number}" for number in range(140)]
+    for parent, layer in zip(["", *names], names, strict=False):
+        driver.create(layer, parent)
+    where = driver.get(names[-1])
+    assert list(where.iterdir()) == []
+    driver.put(names[-1])
+    for layer in reversed(names):
+        driver.remove(layer)
+    assert driver.volumes() == {"base"}
+
+
+def test_what_is_no_layer_is_not_seen_and_not_touched(driver):
+    driver.api.snapshot("p/base", "p/mine")
+    for name in ("base", "mine"):
+        assert not driver.exists(name)
+        driver.remove(name)
+        assert "no layer" in refused(driver.get, name)
+        assert "no layer" in refused(driver.create, "child", name)
+        assert "exists already" in refused(driver.create, name)
+    assert driver.volumes() == {"base", "mine"}
+    driver.api.remove(["p/mine"])
+
+
+@pytest.mark.parametrize(
+    "name", ["", "..", ".", "../x", "a/b", "/etc", "-x", "a b", "a\nb", "a\0b", "é", "x" * 129, "٣"]
+)
+def test_what_cannot_be_an_id_is_refused(driver, name):
+    for call in ("Create", "Get", "Put", "Remove", "Exists", "Changes", "DiffSize", "GetMetadata"):
+        assert refused(driver.call, f"GraphDriver.{call}", ID=name)
+    assert driver.volumes() == {"base"}
+
+
+# ---- sizes --------------------------------------------------------------------------------
+
+
+def fill(where, *, most):
+    """Write until there is no space; how many bytes went in."""
+    written = 0
+    with (where / "fill").open("wb", buffering=0) as file:
+        try:
+            while written < most:
+                written += file.write(bytes(MIB))
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+    return written
+
+
+def test_smaller_size_is_enforced_also_against_root(driver):
+    driver.layer("image", a=b"a" * 4096)
+    driver.create("small-init", "image", "64M")
+    driver.create("small", "small-init", "64M")
+    where = driver.get("small")
+    space = os.statvfs(where)
+    assert space.f_bavail * space.f_frsize <= 64 * MIB
+    assert 48 * MIB <= fill(where, most=200 * MIB) <= 64 * MIB
+    (where / "fill").unlink()
+    driver.put("small")
+    driver.get("small")  # the limit is there again
+    assert fill(where, most=200 * MIB) <= 64 * MIB
+    driver.put("small")
+    for layer in ("small", "small-init", "image"):
+        driver.remove(layer)
+
+
+def test_larger_size_gives_a_larger_filesystem(driver):
+    driver.layer("image", a=b"a")
+    driver.create("large", "image", "3gb")
+    where = driver.get("large")
+    space = os.statvfs(where)
+    assert space.f_blocks * space.f_frsize > 2.8 * (1 << 30)
+    assert (where / "a").read_bytes() == b"a"
+    assert driver.call("GraphDriver.GetMetadata", ID="large")["Metadata"]["DeviceSize"] == str(
+        3 << 30
+    )
+    driver.put("large")
+    for layer in ("large", "image"):
+        driver.remove(layer)
+
+
+@pytest.mark.parametrize("size", ["1K", "x", "-1G", "999999P", ""])
+def test_size_that_cannot_be_is_refused(driver, size):
+    options = {"size": size}
+    assert refused(driver.call, "GraphDriver.CreateReadWrite", ID="odd", StorageOpt=options)
+    assert not driver.exists("odd")
+
+
+def test_other_storage_option_is_refused(driver):
+    options = {"colour": "red"}
+    assert "only size" in refused(driver.call, "GraphDriver.Create", ID="odd", StorageOpt=options)
+
+
+# ---- counting -----------------------------------------------------------------------------
+
+
+def test_get_is_counted_and_a_put_too_many_is_harmless(driver):
+    driver.create("counted")
+    assert driver.get("counted") == driver.get("counted")
+    driver.put("counted")
+    assert driver.mounted() == {"counted"}
+    driver.put("counted")
+    assert driver.mounted() == set()
+    driver.put("counted")
+    driver.put("counted")
+    driver.get("counted")
+    assert driver.mounted() == {"counted"}
+    driver.put("counted")
+    assert driver.mounted() == set()
+    driver.remove("counted")
+    driver.put("counted")
+
+
+def test_put_remove_and_exists_of_unknown_layers(driver):
+    driver.put("nobody")
+    driver.remove("nobody")
+    assert not driver.exists("nobody")
+    assert "no layer nobody" in refused(driver.get, "nobody")
+    assert "no layer nobody" in refused(driver.diff, "nobody")
+    assert "no layer nobody" in refused(driver.changes, "nobody", "")
+    assert "no layer nobody" in refused(driver.size, "nobody", "")
+    assert "no layer nobody" in refused(driver.apply, "nobody", "", tar_of({}))
+
+
+def test_mounted_layer_is_removed(driver):
+    driver.create("going")
+    driver.get("going")
+    driver.get("going")
+    driver.remove("going")
+    assert driver.mounted() == set()
+    assert not driver.exists("going")
+
+
+def test_layer_in_use_is_removed_when_it_is_not(driver):
+    driver.create("held")
+    where = driver.get("held")
+    with (where / "f").open("wb"):
+        driver.remove("held")
+        assert not driver.exists("held")
+        assert driver.mounted() == set()
+        assert driver.status()["Deferred Deleted Device Count"] == "1"
+        driver.create("held")  # the id is free again
+        assert list(driver.get("held").iterdir()) == []
+        driver.put("held")
+        driver.remove("held")
+        driver.kill()
+        driver.start()  # what waits for removal is remembered
+        assert driver.status()["Deferred Deleted Device Count"] == "1"
+    eventually(lambda: driver.volumes() == {"base"})
+    assert driver.status()["Deferred Deleted Device Count"] == "0"
+
+
+def test_layer_in_use_is_busy_where_deferring_is_off(driver):
+    off = ["dm.use_deferred_removal=false", "dm.use_deferred_deletion=false"]
+    driver.call("GraphDriver.Init", Opts=off)
+    driver.create("held")
+    where = driver.get("held")
+    with (where / "f").open("wb"):
+        assert "in use" in refused(driver.remove, "held")
+        assert driver.exists("held")
+    driver.remove("held")
+    driver.call("GraphDriver.Init", Opts=[])
+    assert driver.volumes() == {"base"}
+
+
+def test_put_of_a_layer_in_use_takes_its_device_down_later(driver):
+    driver.create("held")
+    where = driver.get("held")
+    with (where / "f").open("wb") as file:
+        driver.put("held")
+        assert driver.mounted() == set()
+        driver.get("held")  # the same filesystem again, not a second one
+        file.write(b"late")
+    assert (where / "f").read_bytes() == b"late"
+    driver.put("held")
+    eventually(lambda: driver.api.list("p")[-1].device is None)
+    driver.remove("held")
+
+
+# ---- namespaces ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("volume", ["rslave", "rshared"])
+def test_a_copy_of_the_hosts_mounts_does_not_hold_layers(driver, tmp_path, volume):
+    """As runc does it: a slave copy of every mount, in which the host's root is bound again."""
+    driver.create("bound")
+    where = driver.get("bound")
+    script = f"mount --rbind / {tmp_path} && mount --make-{volume} {tmp_path} && echo && exec cat"
+    with subprocess.Popen(
+        ["unshare", "-m", "--propagation", "slave", "sh", "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout.readline() == b"\n"
+        before = Path(f"/proc/{process.pid}/mountinfo").read_text()
+        assert f" {where} " in before
+        driver.put("bound")
+        assert str(where) not in Path(f"/proc/{process.pid}/mountinfo").read_text()
+        assert driver.api.list("p")[-1].device is None
+        process.stdin.close()
+    driver.remove("bound")
+
+
+# ---- restarts -----------------------------------------------------------------------------
+
+
+def test_killed_and_started_again_it_carries_on(driver):
+    driver.create("busy")
+    where = driver.get("busy")
+    driver.get("busy")
+    with (where / "f").open("w") as file:
+        file.write("before ")
+        driver.kill()
+        file.write("while it was away ")
+        file.flush()
+        driver.start()
+        file.write("after")
+    assert (where / "f").read_text() == "before while it was away after"
+    assert driver.exists("busy")
+    driver.put("busy")
+    assert driver.mounted() == {"busy"}
+    driver.put("busy")
+    assert driver.mounted() == set()
+    driver.remove("busy")
+
+
+def test_stopped_in_order_it_leaves_what_is_mounted(driver):
+    driver.create("kept")
+    where = driver.get("kept")
+    (where / "f").write_text("x")
+    driver.stop()
+    assert not driver.socket.exists()
+    assert (where / "f").read_text() == "x"
+    driver.start()
+    driver.call("GraphDriver.Cleanup")  # somebody holds it: live-restore
+    assert (where / "f").read_text() == "x"
+    driver.put("kept")
+    driver.remove("kept")
+
+
+def test_second_process_for_one_driver_is_refused(driver):
+    done = subprocess.run(
+        [*driver.process.args, "--timeout", "1"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 5
+    assert driver.call("Plugin.Activate")
+
+
+def test_nothing_is_left_at_the_end(driver):
+    assert driver.mounted() == set()
+    assert driver.volumes() == {"base"}
+    assert "Traceback" not in driver.log.read_text()
+    assert driver.api.check("p").clean

@@ -1,0 +1,127 @@
+"""Diff, Changes and DiffSize: a layer compared with its parent, file by file.
+
+Both sides are hidden snapshots, mounted read-only where nobody sees them and gone afterwards: so a
+layer that is mounted and written to is seen as it was at one instant, and a comparison never holds
+up a Get, a Put or a Remove.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from thinpool import errors
+from thinpool.api.images import still
+from thinpool.api.workbench import Workbench
+from thinpool.graphdriver.layers import PARENT
+from thinpool.oci.diff import iter_changes, iter_layer
+from thinpool.oci.export import iter_tar
+from thinpool.oci.tar import text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from thinpool.graphdriver.layers import Layers
+    from thinpool.model import Volume
+
+_DEPTH_MAX: Final = 1 << 16
+_NS: Final = 1_000_000_000
+_KINDS: Final = {"modified": 0, "added": 1, "deleted": 2}
+"""Docker's numbers, of pkg/archive's ChangeType."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sides:
+    """The roots of two trees, and when they parted in nanoseconds since 1970, or earlier."""
+
+    before: int
+    after: int
+    parted_ns: int
+
+
+@contextlib.contextmanager
+def _sides(layers: Layers, layer: str, parent: str | None) -> Iterator[_Sides]:
+    """A layer and what it is compared with: another one, or the empty base."""
+    after = layers.require(layer)
+    before = layers.base() if parent is None else layers.require(parent)
+    parted = _parted_ns(layers, after, before, parent)
+    client = layers.client
+    with Workbench(client) as bench, contextlib.ExitStack() as stack:
+        roots = []
+        for each in (before, after):
+            volume = stack.enter_context(still(client, bench, each.name))
+            roots.append(stack.enter_context(bench.mounted(volume, read_only=True)))
+        yield _Sides(before=roots[0], after=roots[1], parted_ns=parted)
+
+
+def _parted_ns(layers: Layers, after: Volume, before: Volume, parent: str | None) -> int:
+    """When the two parted: when the one above ``parent`` in the line of ``after`` was made.
+
+    Where the line does not lead there they parted at some time since the base was made.
+    """
+    at: Volume | None = after
+    for _ in range(_DEPTH_MAX):
+        if at is None:
+            break
+        above = at.labels.get(PARENT, "")
+        if above == (parent or ""):
+            return int(at.created.timestamp()) * _NS
+        at = layers.find(above) if above else None
+    return int(min(before.created, layers.base().created).timestamp()) * _NS
+
+
+def changes(layers: Layers, layer: str, parent: str | None) -> list[dict[str, Any]]:
+    """What differs, as Docker lists it: modified directories on the way to a change too.
+
+    Raises:
+        NotFoundError: there is no such layer.
+    """
+    with _sides(layers, layer, parent) as sides:
+        found = iter_changes(
+            sides.before, sides.after, related=True, parted_ns=sides.parted_ns, parents=True
+        )
+        return [
+            {"Path": "/" + text(each.path), "Kind": _KINDS[each.kind]}
+            for each in found
+            if each.path
+        ]
+
+
+def diff_size(layers: Layers, layer: str, parent: str | None) -> int:
+    """Bytes of the files that were added or changed.
+
+    Raises:
+        NotFoundError: there is no such layer.
+    """
+    with _sides(layers, layer, parent) as sides:
+        found = iter_changes(sides.before, sides.after, related=True, parted_ns=sides.parted_ns)
+        return sum(
+            each.size for each in found if each.kind != "deleted" and stat.S_ISREG(each.type)
+        )
+
+
+def diff(layers: Layers, layer: str, parent: str | None) -> Iterator[bytes]:
+    """The pieces of a layer's tar; what it needs is taken down when the iterator is closed.
+
+    Raises:
+        NotFoundError: there is no such layer.
+        StorageIOError: a tree cannot be read.
+    """
+    with _sides(layers, layer, parent) as sides:
+        if parent is None:
+            yield from iter_tar(sides.after)
+        else:
+            yield from iter_layer(
+                sides.before, sides.after, related=True, parted_ns=sides.parted_ns
+            )
+
+
+def error_text(error: BaseException) -> str:
+    """What Docker is told: one line."""
+    if isinstance(error, errors.ThinpoolError):
+        return " ".join(error.message.split())
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}"
+    return f"internal error: {type(error).__name__}"
