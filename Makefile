@@ -64,7 +64,8 @@ bench: ## minutes; as root, with fio, for the second
 	$(PYTHON) tools/bench_fuse.py --directory $(BUILD)
 
 soak: ## hours: random models and crash images, far beyond what the suite does
-	THINPOOL_PROFILE=soak $(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup --timeout 0 tests
+	THINPOOL_PROFILE=soak THINPOOL_CRASH_SEEDS=$${THINPOOL_CRASH_SEEDS:-200} \
+		THINPOOL_FSX_OPERATIONS=$${THINPOOL_FSX_OPERATIONS:-50000} $(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup --timeout 0 tests
 
 # Lint runs inside pytest (tests/tidy), so that pytest's summary, which is the last line, covers it.
 ci: ## everything, setting up what is missing
