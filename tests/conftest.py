@@ -44,6 +44,14 @@ os.environ["PYTHONSAFEPATH"] = "1"
 # Servers of tests need not linger as long as those of people; a test of lingering sets its own.
 os.environ.setdefault("THINPOOL_LINGER", "2")
 
+# A job that a shell started in the background ignores these, and so would all that tests start.
+for _number in (signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(
+            _number,
+            signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL,
+        )
+
 
 # ---- capabilities ---------------------------------------------------------------------------
 
