@@ -9,6 +9,9 @@ Invariants:
   a crash fell on.
 - ``name`` is unique; what is being built or removed has a name that nobody can type.
 - Every write is one transaction, durable on return (WAL with synchronous=FULL).
+- Writing needs no new space of the host's disk, which the pool's data may have filled: the log is
+  made long enough at open and begun anew before its end, and the file holds free pages. So what
+  fills the disk can always be removed.
 
 Thread-safe: one connection behind one lock.
 """
@@ -34,6 +37,9 @@ if TYPE_CHECKING:
 
 VERSION: Final = 1
 REQUEST_AGE_S: Final = 600.0
+_CHECKPOINT_PAGES: Final = 64
+"""The log is begun anew after so many, 256 KiB."""
+_RESERVE_BYTES: Final = 512 << 10
 
 READY: Final = "ready"
 BUILDING: Final = "building"
@@ -222,12 +228,24 @@ class Catalogue:
                 )
             else:
                 self.is_new = False
+            self._reserve()
         except sqlite3.Error as cause:
             raise errors.CorruptMetadataError(
                 f"the catalogue {self.path} cannot be used: {cause}; move it away, and "
                 "thinpool rebuilds it from the pool and the copy of the names beside it",
                 path=self.path,
             ) from cause
+
+    def _reserve(self) -> None:
+        """Let the log and the file have space to write in; best effort on a disk that is full."""
+        try:
+            self._db.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
+            self._db.execute("INSERT INTO meta VALUES ('reserve', ?)", ("x" * _RESERVE_BYTES,))
+            self._db.execute("DELETE FROM meta WHERE key = 'reserve'")
+            self._db.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
+        except sqlite3.OperationalError as error:
+            if not error.sqlite_errorname.startswith("SQLITE_FULL"):
+                raise
 
     # ---- transactions -----------------------------------------------------------------------
 

@@ -451,7 +451,8 @@ class PoolCore:
     def _hold_metadata_snapshot(self) -> None:
         """Shared by all who read at the same time; call with the pool's lock held."""
         if self._readers == 0:
-            self._catalogue.put(HELD_KEY, "1")
+            with contextlib.suppress(errors.HostSpaceError):  # a crash then leaves it to doctor
+                self._catalogue.put(HELD_KEY, "1")
             self._pool.reserve_metadata_snapshot()
         self._readers += 1
 
@@ -460,7 +461,8 @@ class PoolCore:
             self._readers -= 1
             if self._readers == 0:
                 self._pool.release_metadata_snapshot()
-                self._catalogue.put(HELD_KEY, "0")
+                with contextlib.suppress(errors.HostSpaceError):
+                    self._catalogue.put(HELD_KEY, "0")
 
     def _drop_stale_metadata_snapshot(self) -> None:
         """One that a reader of ours held when its server died; never somebody else's."""

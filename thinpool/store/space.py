@@ -99,7 +99,7 @@ def _warnings(
     if status.needs_check:
         found.append(f"a write to the metadata failed: run 'thinpool check {config.name}'")
     if status.mode is PoolMode.OUT_OF_DATA_SPACE:
-        if free_on_host is not None and free_on_host < status.data_block_size and used < total:
+        if free_on_host is not None and used < total:
             found.append(
                 f"the host's disk is full: free some of the filesystem that holds {config.data}"
             )
