@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from thinpool.host import syscalls
 from thinpool.host.mountinfo import mounts_of_device, process_ids
+
+_SHOWN_MAX: Final = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +64,11 @@ def find_holders(device: int, *, path: str | None = None) -> list[Holder]:
 
 
 def describe(holders: list[Holder]) -> str | None:
-    """All holders in one line, or None where none was found."""
-    return "; ".join(str(holder) for holder in holders) or None
+    """Holders in one line, the first few of many, or None where none was found."""
+    said = list(dict.fromkeys(str(holder) for holder in holders))
+    if len(said) > _SHOWN_MAX:
+        said[_SHOWN_MAX:] = [f"and {len(said) - _SHOWN_MAX} more"]
+    return "; ".join(said) or None
 
 
 def _open_files(pid: int, device: int) -> list[Holder]:

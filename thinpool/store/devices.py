@@ -116,9 +116,9 @@ class Devices:
         """
         if self._served is None:
             raise errors.UnsupportedHostError(
-                f"{record.name} cannot be activated: block devices need FUSE, loop devices and "
-                "the right to mount; run as root on a host that has them, or read and write the "
-                "volume through the API",
+                "volumes cannot be activated or mounted here: that needs FUSE, loop devices and "
+                "the right to mount; run as root on a host that has them, or read and write "
+                "volumes through the API",
                 missing="fuse",
             )
         self._served.path(record.id)
