@@ -684,6 +684,14 @@ def test_a_renamed_active_volume_keeps_its_device(shared):
 # ---- streams ------------------------------------------------------------------------------
 
 
+def test_what_carries_no_filesystem_is_named_as_it_was_asked_for(shared):
+    shared("create", "p/nofs", "--size", "1M")
+    for arguments in (("export", "p/nofs"), ("diff", "p/nofs", "p/base"), ("mount", "p/nofs", "/")):
+        refused = shared(*arguments, code=2)
+        assert "p/nofs carries no filesystem" in refused.stderr
+    shared("remove", "p/nofs")
+
+
 def test_export_raw_is_the_device_and_sparse(shared, tmp_path):
     shared("create", "p/raw", "--size", "64M")
     device = shared("activate", "p/raw").stdout.strip()

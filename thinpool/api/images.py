@@ -270,9 +270,10 @@ def diff(
         client.call("get", {"name": name})
     with Workbench(client) as bench, contextlib.ExitStack() as stack:
         roots = []
-        for name in names:
+        for name, asked in zip(names, (first, second), strict=True):
             volume = stack.enter_context(still(client, bench, name))
-            roots.append(stack.enter_context(bench.mounted(volume, read_only=True)))
+            mounted = bench.mounted(volume, read_only=True, called=asked)
+            roots.append(stack.enter_context(mounted))
         return [
             FileChange(path=os.fsdecode(change.path), change=change.kind)
             for change in iter_changes(roots[0], roots[1], progress=tell)
@@ -302,7 +303,7 @@ def export(
             with bench.raw(source, writable=False) as handle:
                 written = _write_raw(handle, stream, source.mapped, progress)
         else:
-            with bench.mounted(source, read_only=True) as root:
+            with bench.mounted(source, read_only=True, called=volume) as root:
                 written = _write_tar(root, stream, progress)
         stream.flush()
     return Exported(volume=found, output=path, written=written)

@@ -117,16 +117,20 @@ class Workbench:
             self._client.call("deactivate", arguments)
 
     @contextlib.contextmanager
-    def mounted(self, volume: Volume, *, read_only: bool = False) -> Iterator[int]:
+    def mounted(
+        self, volume: Volume, *, read_only: bool = False, called: str | None = None
+    ) -> Iterator[int]:
         """A descriptor of its root directory, mounted where nobody else sees it.
 
-        On leaving everything written is on the volume, and the volume is not active.
+        On leaving everything written is on the volume, and the volume is not active. In errors it
+        has the name by which the caller was asked for it.
         """
         with self.active(volume, read_only=read_only) as device:
             kind = filesystems.fs_type(device)
             if kind is None:
+                asked = called or str(volume)
                 raise errors.UsageError(
-                    f"{volume} carries no filesystem", what="volume", value=str(volume)
+                    f"{asked} carries no filesystem", what="volume", value=asked
                 )
             options = filesystems.private_options(kind)
             with mounts.detached_mount(device, kind, options, read_only=read_only) as root:
