@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from thinpool.engine import Change, ChangeKind
-from thinpool.errors import ThinpoolError
+from thinpool.errors import HostSpaceError, ThinpoolError
 from thinpool.model import VolumeId
 
 if TYPE_CHECKING:
@@ -68,11 +68,14 @@ class Commands:
         finally:
             os.close(fd)
 
-    def quit(self) -> None:
-        self.context.stopping.set()
+    def fail(self) -> None:
+        """From now on this program does not start."""
+        (self.context.root / "fail").touch()
 
 
 async def serve(context: WorkerContext) -> None:
+    if (context.root / "fail").exists():
+        raise HostSpaceError("the program fails because it was told to", path="fail")
     commands = Commands(context)
     done = asyncio.Event()
 

@@ -65,8 +65,43 @@ def test_replaced_by_sigterm_without_loss(server: Server) -> None:
         assert file.read(4) == b"kept"
 
 
+def test_volumes_are_served_while_the_program_cannot_start(server: Server) -> None:
+    path = server.volume(1, MIB)
+    server.ask("fail")
+    with path.open("r+b", buffering=0) as file:
+        file.write(b"kept")
+        for _ in range(6):
+            server.kill_worker()
+            file.seek(0)
+            assert file.read(4) == b"kept"
+            wait_until(lambda: server.log.read_text().endswith("trying again\n"))
+    (server.root / "fail").unlink()
+    assert server.ask("info")["served"] == [1]
+    assert "trying again" in server.log.read_text()
+
+
+def test_program_that_cannot_start_is_reported(root: Path) -> None:
+    server = make_pool(root, "p", data_size=16 * MIB)
+    (root / "fail").touch()
+    result = subprocess.run(
+        [*server.command(), "--detach"], env=server.environment(), capture_output=True,
+        check=False, timeout=30,
+    )  # fmt: skip
+    assert json.loads(result.stdout)["error"]["kind"] == "host_space"
+
+
+def test_program_that_ends_beside_served_volumes_is_replaced(server: Server) -> None:
+    path = server.volume(1, MIB)
+    first = server.worker_pid()
+    with contextlib.suppress(EOFError):
+        server.ask_once("end")
+    wait_until(lambda: server.worker_pid() != first)
+    assert path.read_bytes() == bytes(MIB)
+
+
 def test_server_ends_when_its_program_does(server: Server) -> None:
     server.volume(1, MIB)
+    server.ask("remove", id=1)
     with contextlib.suppress(EOFError):
         server.ask_once("end")
     assert server.child is not None

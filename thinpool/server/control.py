@@ -3,9 +3,10 @@
 A sequenced-packet socket carries one JSON object a message, some with a descriptor. It also tells
 each that the other is gone: nothing but these two processes has its ends.
 
-Worker to supervisor: ``serving`` (clients are answered), ``failed`` with ``error``, ``freeze`` with
-``id`` and a descriptor, ``thaw`` with ``id``. Supervisor to worker: ``frozen`` with ``id`` and
-``errno`` (0 for success), ``thawed`` with ``id`` and ``expired``.
+Worker to supervisor: ``answering`` (the data plane runs), ``serving`` (clients are answered too),
+``failed`` with ``error``, ``freeze`` with ``id`` and a descriptor, ``thaw`` with ``id``.
+Supervisor to worker: ``frozen`` with ``id`` and ``errno`` (0 for success), ``thawed`` with ``id``
+and ``expired``.
 """
 
 from __future__ import annotations
@@ -93,6 +94,10 @@ class SupervisorLink:
         self._next = 1
         self._lost = False
         threading.Thread(target=self._listen, name="supervisor", daemon=True).start()
+
+    def answering(self) -> None:
+        """Say that the data plane runs: volumes that are served are answered."""
+        send(self._end, {"op": "answering"})
 
     def serving(self) -> None:
         """Say that clients are answered from now on."""

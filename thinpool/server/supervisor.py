@@ -171,6 +171,7 @@ class Supervisor:
         self._released = threading.Event()
         self._given_up: errors.ThinpoolError | None = None
         self._report_fd: int | None = None
+        self._answering = False
         self._serving = False
         self._ever_served = False
         self._refusal: errors.ThinpoolError | None = None
@@ -297,10 +298,10 @@ class Supervisor:
         """
         self._report_fd = report_fd
         with self._signals():
-            failures = 0
+            failures = hopeless = 0
             restarted = False
             while True:
-                self._serving = False
+                self._answering = self._serving = False
                 self._refusal = None
                 code = self._run_worker(restarted=restarted)
                 if code == control.EXIT_DONE or self._released.is_set():
@@ -313,10 +314,15 @@ class Supervisor:
                 restarted = True
                 done_well = self._serving or code == control.EXIT_REPLACE
                 failures = 0 if done_well else failures + 1
-                if self._gives_up(failures):
+                hopeless = 0 if done_well or self._helps() else hopeless + 1
+                if self._gives_up(hopeless):
                     return 1
                 if failures:
                     self._pause(min(_FIRST_PAUSE * 2 ** (failures - 1), _LONGEST_PAUSE))
+
+    def _helps(self) -> bool:
+        """Whether the last worker answered for volumes, though it had not come to clients yet."""
+        return self._answering and self._ever_served and self._refusal is None
 
     def _gives_up(self, failures: int) -> bool:
         allowed = _MAX_FAILURES if self._ever_served else _MAX_FIRST_FAILURES
@@ -469,7 +475,9 @@ class Supervisor:
         return True
 
     def _take_message(self, message: dict[str, Any], fds: list[int], link: socket.socket) -> None:
-        if message["op"] == "serving":
+        if message["op"] == "answering":
+            self._answering = True
+        elif message["op"] == "serving":
             self._serving = self._ever_served = True
             self._report({"pid": os.getpid()})
         elif message["op"] == "failed":

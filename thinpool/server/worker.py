@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 DEFAULT_LINGER: Final = 30.0
 _STOP_SECONDS: Final = 10.0
+_FIRST_PAUSE: Final = 0.5
+_LONGEST_PAUSE: Final = 10.0
 
 
 def wait_for_last_io(path: str) -> None:
@@ -172,18 +174,42 @@ class Worker:
             self.link.failed(error)
             process.log(f"worker: {error.message}")
             return 1
+        self.link.answering()
         if arguments.restarted:
             process.log(_taken_over(plane, time.monotonic() - started))
         for entry, reason in plane.served.lost:
             process.log(f"worker: volume {entry.id} is no longer served: {reason.message}")
         try:
-            by_itself = self._serve_clients(plane, config)
+            code = self._serve_until_done(plane, config)
         finally:
             with _last_resort(_STOP_SECONDS):
                 plane.close()
-        if plane.disconnected:
-            return control.EXIT_DISCONNECTED
-        return control.EXIT_DONE if by_itself else control.EXIT_REPLACE
+        return code
+
+    def _serve_until_done(self, plane: DataPlane, config: PoolConfig) -> int:
+        """Run the program, again if need be; the exit code.
+
+        A program that fails (a catalogue that cannot be written since the host's disk is full,
+        say) must not take down the volumes that are served: it is tried again beside them.
+        """
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                by_itself = self._serve_clients(plane, config)
+            except Exception as error:
+                if self._ended.is_set() or plane.disconnected or not plane.served.entries():
+                    if isinstance(error, errors.ThinpoolError):
+                        self.link.failed(error)
+                    raise
+                process.log(f"worker: {type(error).__name__}: {error}: trying again")
+                self._ended.wait(pause)
+                pause = min(pause * 2, _LONGEST_PAUSE)
+                continue
+            if plane.disconnected:
+                return control.EXIT_DISCONNECTED
+            # With volumes served it cannot be done; whatever it thinks, they need a successor.
+            done = by_itself and not plane.served.entries()
+            return control.EXIT_DONE if done else control.EXIT_REPLACE
 
     def _serve_clients(self, plane: DataPlane, config: PoolConfig) -> bool:
         """Run the program; whether it ended by itself, the pool being no longer used."""
@@ -205,7 +231,7 @@ class Worker:
             context = WorkerContext(
                 root=self._arguments.root,
                 config=config,
-                listen=socket.socket(fileno=self._arguments.listen_fd),
+                listen=socket.socket(fileno=os.dup(self._arguments.listen_fd)),
                 pool=plane.opened.pool,
                 served=plane.served,
                 server=plane.server,
