@@ -570,7 +570,8 @@ int tp_volume_write(struct tp_volume *volume, uint64_t offset, const void *buffe
 		struct span s = span_at(volume->pool, offset, length);
 		uint64_t done = 0;
 
-		if (!s.within && length >= 2 * size)
+		/* The one-block path finds out that the host has space again. */
+		if (!s.within && length >= 2 * size && !atomic_load(&volume->pool->host_full))
 			done = write_new_blocks(volume, s.block, length / size, from) * size;
 		if (!done) {
 			r = write_span(volume, s, from, err);

@@ -219,6 +219,26 @@ def test_failed_metadata_write_turns_the_pool_read_only():
         assert pool.closed
 
 
+def test_full_host_is_a_state_that_ends_with_the_next_write_that_fits():
+    with (
+        BlockDevice.open_memory(4 << 20) as metadata,
+        BlockDevice.open_memory(64 * BLOCK) as below,
+        FaultDevice.over(below) as data,
+    ):
+        format_pool(metadata, block_size=BLOCK, data_blocks=64)
+        with Pool.open(metadata, data, PoolOptions(error_if_no_space=True)) as pool:
+            create(pool, 0)
+            with pool.open_volume(0, size=GIB) as volume:
+                data.add(FaultKind.ERROR, FaultOp.WRITE, count=0, host_errno=errno.ENOSPC)
+                with pytest.raises(errors.DataSpaceError):
+                    volume.write(0, b"x" * (4 * BLOCK))
+                assert pool.status().mode is PoolMode.OUT_OF_DATA_SPACE
+                data.clear()
+                volume.write(0, b"y" * (4 * BLOCK))
+                assert pool.status().mode is PoolMode.RW
+                assert volume.read(0, 4 * BLOCK) == b"y" * (4 * BLOCK)
+
+
 def test_log_records_writes_with_their_payload():
     with BlockDevice.open_memory(1 << 20) as below, LogDevice.over(below) as log:
         log.write(4096, b"x" * 512)
