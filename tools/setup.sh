@@ -9,6 +9,9 @@
 # shellcheck shell=sh
 
 VENV="$PWD/.venv"
+# Where mkfs and losetup are; not in everybody's path.
+PATH="$PATH:/usr/sbin:/sbin"
+export PATH
 BUILD_PACKAGES="python3 python3-dev python3-venv gcc libc6-dev pkg-config liburing-dev"
 
 setup_missing() {

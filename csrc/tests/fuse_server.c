@@ -515,7 +515,8 @@ static void test_memory_is_given_back_at_rest(struct bench *bench)
 
 	for (i = 0; i < 100; i++) {
 		TP_ASSERT(fstat(bench->slots_fd, &st) == 0);
-		/* The slot that waits for the next request stays, four more, and each first page. */
+		/* The slot that waits for the next request stays, four more, and each first
+		 * page. */
 		if (st.st_blocks * 512 <= 5 * FUSE_SLOT_STRIDE + (NR_SLOTS + 1) * FUSE_PAGE)
 			return;
 		poll(NULL, 0, 50);
