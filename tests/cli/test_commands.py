@@ -39,6 +39,7 @@ IMPORT_DEFAULTS = {
     "ref": None,
     "platform": None,
     "progress": None,
+    "note": ANY,
 }
 SNAPSHOT_DEFAULTS = {"read_only": False, "size": None, "activate": False, "mount": None}
 ACTIVATE_DEFAULTS = {"read_only": False, "persist": False, "owner": None, "mode": None}
@@ -110,6 +111,7 @@ CALLS = [
             ref="v2",
             platform="linux/arm64",
             progress=None,
+            note=ANY,
         ),
     ),
     ("snapshot p/a p/b", call.snapshot("p/a", "p/b", **SNAPSHOT_DEFAULTS)),

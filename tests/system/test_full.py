@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
 import time
@@ -157,5 +158,20 @@ def test_a_full_pool_errors_and_takes_writes_again_once_it_is_extended(api) -> N
         verify(volume, 24 * MIB // BLOCK)
     api.remove(["p/v"])
     assert api.status("p").data.used == 0
+    assert api.status("p").mode == "rw"
+    assert api.check("p").clean
+
+
+@pytest.mark.fuse
+def test_an_import_that_fills_the_pool_says_so_and_leaves_nothing(api, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "big").write_bytes(os.urandom(48 * MIB))
+    api.create_pool("p", size=32 * MIB, base_size=256 * MIB, min_free=0.0, when_full="error")
+    before = api.status("p").data.used
+    with pytest.raises(errors.DataSpaceError):
+        api.import_image("p/image", source)
+    assert [volume.name for volume in api.list("p")] == ["base"]
+    assert api.status("p").data.used == before
     assert api.status("p").mode == "rw"
     assert api.check("p").clean

@@ -354,6 +354,7 @@ class Thinpool:
         ref: str | None = None,
         platform: str | None = None,
         progress: Callable[[Progress], None] | None = None,
+        note: Callable[[str], None] | None = None,
     ) -> Volume:
         """Import a tar, a directory, or a ``docker save`` or OCI-layout archive.
 
@@ -365,6 +366,8 @@ class Thinpool:
             ref: which image of an archive that holds several.
             platform: ``linux/arm64`` and the like, likewise.
             progress: told how far it is.
+            note: told what was left out, such as an attribute that no filesystem here keeps, a
+                line each.
 
         Raises:
             ArchiveError: cut short, a wrong digest, or a member that tries to escape.
@@ -381,6 +384,7 @@ class Thinpool:
             ref=ref,
             platform=platform,
             progress=progress,
+            note=note,
         )
 
     def activate(

@@ -13,12 +13,13 @@ from thinpool import errors
 from thinpool.api.session import Session, existing_volume, refuse_taken
 from thinpool.api.workbench import Finished, Workbench
 from thinpool.host.failures import failure
-from thinpool.model import Exported, FileChange, Progress, Volume
+from thinpool.model import Exported, FileChange, PoolStatus, Progress, Volume
 from thinpool.names import parse_ref, same_pool
 from thinpool.oci.archive import open_source
 from thinpool.oci.diff import iter_changes
 from thinpool.oci.export import iter_tar
 from thinpool.oci.importer import import_image as import_layers
+from thinpool.store import poolfile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -125,6 +126,7 @@ def import_image(
     ref: str | None,
     platform: str | None,
     progress: Callable[[Progress], None] | None,
+    note: Callable[[str], None] | None,
 ) -> Volume:
     """Import an image."""
     client, name = session.of(image)
@@ -139,13 +141,19 @@ def import_image(
             smallest=base.size,
         )
     given = source if isinstance(source, (str, Path)) else source.fileno()
+    # An archive that must be read twice is kept where there is room for pools, not in /tmp.
+    spool = poolfile.pool_directory(session.root, name.pool)
     with (
-        open_source(given, ref=ref, platform=platform) as opened,
+        open_source(given, ref=ref, platform=platform, spool_directory=spool, note=note) as opened,
         Workbench(client) as bench,
+        _full_is_no_io_error(client),
     ):
         chain = _chain_of(base) if parent is not None else None
         target = _PoolTarget(client, bench, base, base_chain=chain, size=size)
         imported = import_layers(opened, target, parent=chain, progress=progress)
+        if note is not None:
+            for line in imported.notes:
+                note(line)
         top = imported.chain_id
         labels: dict[str, str] = {}
         if imported.layers and top is not None:
@@ -155,6 +163,23 @@ def import_image(
         if imported.config_digest:
             labels["config-digest"] = imported.config_digest
         return _publish(client, bench, target, name.name, top=top, labels=labels)
+
+
+@contextlib.contextmanager
+def _full_is_no_io_error(client: PoolClient) -> Iterator[None]:
+    """A filesystem on a full pool reports EIO when it writes back: say what it is."""
+    try:
+        yield
+    except errors.StorageIOError as cause:
+        status = PoolStatus.from_json(client.call("status", {}))
+        if status.mode != "out_of_data_space":
+            raise
+        raise errors.DataSpaceError(
+            f"the data space of pool {status.pool} is full: remove volumes, or extend-pool",
+            pool=status.pool,
+            used=status.data.used,
+            total=status.data.total,
+        ) from cause
 
 
 def _chain_of(parent: Volume) -> str:

@@ -63,6 +63,7 @@ def import_(
             "SOURCE is '-', and standard input is a terminal: redirect an archive to it",
             what="SOURCE",
         )
+    notes: list[str] = []
     with session.progress() as progress:
         volume = session.api.import_image(
             image,
@@ -72,8 +73,11 @@ def import_(
             ref=ref,
             platform=platform,
             progress=progress,
+            note=notes.append,
         )
     made(session, volume)
+    for note in notes:
+        session.note(f"left out: {printable(note)}")
 
 
 @command(
