@@ -16,7 +16,7 @@ uint64_t tp_now_ms(void)
 	return (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
 }
 
-static struct timespec deadline_in(uint64_t ms)
+struct timespec tp_deadline_in(uint64_t ms)
 {
 	struct timespec t;
 
@@ -52,7 +52,7 @@ void tp_pool_event(struct tp_pool *pool)
 
 int tp_pool_wait_event(struct tp_pool *pool, uint64_t *sequence, uint32_t timeout_ms)
 {
-	struct timespec until = deadline_in(timeout_ms);
+	struct timespec until = tp_deadline_in(timeout_ms);
 	int r = 0;
 
 	pthread_mutex_lock(&pool->event_lock);
@@ -133,7 +133,7 @@ int tp_pool_wait_for_space(struct tp_pool *pool, struct tp_error *err)
 		return TP_E_DATA_SPACE;
 	}
 	left = timeout ? timeout - (now - since) : SPACE_POLL_MS;
-	until = deadline_in(left < SPACE_POLL_MS ? left : SPACE_POLL_MS);
+	until = tp_deadline_in(left < SPACE_POLL_MS ? left : SPACE_POLL_MS);
 	pthread_mutex_lock(&pool->space_lock);
 	seen = pool->space_generation;
 	while (!r && pool->space_generation == seen && !pool->stop)

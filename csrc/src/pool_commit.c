@@ -240,20 +240,6 @@ int tp_pool_punch_some(struct tp_pool *pool, uint64_t max_blocks, uint64_t *left
 
 /* ---- the background thread ---------------------------------------------------------------- */
 
-static struct timespec in_ms(uint32_t ms)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	t.tv_sec += ms / 1000;
-	t.tv_nsec += (long)(ms % 1000) * 1000000;
-	if (t.tv_nsec >= 1000000000) {
-		t.tv_nsec -= 1000000000;
-		t.tv_sec++;
-	}
-	return t;
-}
-
 /* Commits at the latest commit_interval_ms after a first change, and punches in small steps in
  * between. At rest it sleeps without a time-out. */
 void *tp_pool_background(void *argument)
@@ -270,7 +256,7 @@ void *tp_pool_background(void *argument)
 			pthread_cond_wait(&pool->background_cond, &pool->background_lock);
 			continue;
 		}
-		until = in_ms(pool->options.commit_interval_ms);
+		until = tp_deadline_in(pool->options.commit_interval_ms);
 		r = 0;
 		while (atomic_load(&pool->dirty) && !pool->commit_now && !pool->stop && !r && !left)
 			r = pthread_cond_timedwait(&pool->background_cond, &pool->background_lock,

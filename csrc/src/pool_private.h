@@ -122,6 +122,8 @@ struct tp_pool {
 /* ---- pool.c ------------------------------------------------------------------------------- */
 
 uint64_t tp_now_ms(void);
+/* CLOCK_MONOTONIC, for the pool's conditions. */
+struct timespec tp_deadline_in(uint64_t ms);
 void tp_pool_free(struct tp_pool *pool);
 void tp_pool_event(struct tp_pool *pool);
 void tp_pool_set_mode(struct tp_pool *pool, uint32_t mode);
