@@ -163,7 +163,7 @@ if [ -z "${THINPOOL_DEMO_HOST_TREE:-}" ] && [ ! -s "$IMAGE" ]; then
 		tail -n 3 "$WORK/log"
 		echo "debootstrap could not fetch Debian"
 	fi
-	rm -rf "$WORK/debian"
+	rm -rf "$WORK/debian" "$WORK/log"
 fi
 if [ -n "${THINPOOL_DEMO_HOST_TREE:-}" ] || [ ! -s "$IMAGE" ]; then
 	echo "THE IMAGE IS NOT A DEBIAN MINBASE: it is a tar of this host's own programs and libraries,"
@@ -190,6 +190,7 @@ run "thinpool import demo/debian $IMAGE"
 
 step "an image made from it, with one file of $FILE_MIB MiB more"
 run "thinpool snapshot demo/debian demo/build --mount $M/build"
+mkdir -p "$M/build/srv" # there in a Debian, perhaps not in a host's tree
 run "dd if=/dev/urandom of=$M/build/srv/model.bin bs=1M count=$FILE_MIB conv=fsync status=none"
 model=$(sha256sum <"$M/build/srv/model.bin")
 run "thinpool umount demo/build"
