@@ -96,7 +96,6 @@ def test_removing_takes_all_or_nothing(with_two, reopen, step):
 
 @pytest.mark.parametrize("step", ["removal-decided", *STEPS])
 def test_big_removal_is_finished_once_it_was_decided(with_two, reopen, step, monkeypatch):
-    monkeypatch.setattr(service_module, "_TICK_S", 0.01)
     run(with_two, "remove_big", step)
     with reopen() as service:
         assert names(service) == set()

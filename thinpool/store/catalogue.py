@@ -240,7 +240,10 @@ class Catalogue:
         """Let the log and the file have space to write in; best effort on a disk that is full."""
         try:
             self._db.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
-            self._db.execute("INSERT INTO meta VALUES ('reserve', ?)", ("x" * _RESERVE_BYTES,))
+            # Replaced where a server died between these two.
+            self._db.execute(
+                "INSERT OR REPLACE INTO meta VALUES ('reserve', ?)", ("x" * _RESERVE_BYTES,)
+            )
             self._db.execute("DELETE FROM meta WHERE key = 'reserve'")
             self._db.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
         except sqlite3.OperationalError as error:

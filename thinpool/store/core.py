@@ -134,6 +134,8 @@ class PoolCore:
         self._background: threading.Thread | None = None
         self._leases: dict[str, float] = {}
         self._readers = 0
+        self._backlog = 0
+        self._said: dict[str, str] = {}
         self._lease_lock = threading.Lock()
         self.findings: list[Finding] = []
 

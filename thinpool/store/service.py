@@ -37,9 +37,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TICK_S: Final = 0.25
+_REST_S: Final = 1.0
+_BURST_S: Final = 0.25
 _PUNCH_BLOCKS: Final = 256
-_EXTEND_EVERY_S: Final = 1.0
+_PUNCH_EVERY_S: Final = 0.05
+"""With blocks of 64 KiB, 320 MiB/s: quick, and not in the way of those who work."""
 
 
 class PoolService(Making, Changing, Using):
@@ -84,18 +86,18 @@ class PoolService(Making, Changing, Using):
     # ---- the background ---------------------------------------------------------------------
 
     def _work(self) -> None:
-        extend_at = 0.0
+        again_at = 0.0
         while not self._stop.is_set():
-            if self._copy_due.wait(_TICK_S):
+            if self._copy_due.wait(_PUNCH_EVERY_S if self._backlog else _REST_S):
                 self._copy_due.clear()
-                if self._stop.wait(_TICK_S):  # changes come in bursts: one copy for all
+                if self._stop.wait(_BURST_S):  # changes come in bursts: one copy for all
                     break
-                self._write_copy()
-            now = time.monotonic()
+                self._safely("the copy of the names", self._write_copy)
             self._safely("returning space to the host", self._punch)
-            self._safely("unfinished work of ended clients", self._expire_leases)
-            if now >= extend_at:
-                extend_at = now + _EXTEND_EVERY_S
+            now = time.monotonic()
+            if now >= again_at:
+                again_at = now + _REST_S
+                self._safely("unfinished work of ended clients", self._expire_leases)
                 self._safely("growing the pool", self._autoextend)
                 self._safely("unfinished removals", self._finish_removals)
 
@@ -104,9 +106,13 @@ class PoolService(Making, Changing, Using):
         try:
             step()
         except errors.ThinpoolError as error:
-            logger.warning("%s: %s", what, error.message)
+            if self._said.get(what) != error.message:  # once, however often it is tried
+                logger.warning("%s: %s", what, error.message)
+                self._said[what] = error.message
         except Exception:
             logger.exception("%s", what)
+        else:
+            self._said.pop(what, None)
 
     def _write_copy(self) -> None:
         try:
@@ -115,8 +121,9 @@ class PoolService(Making, Changing, Using):
             logger.warning("the copy of the names could not be written: %s", error)
 
     def _punch(self) -> None:
-        if self._pool.status().punch_backlog:
-            self._pool.punch_some(_PUNCH_BLOCKS)
+        self._backlog = self._pool.status().punch_backlog
+        if self._backlog:
+            self._backlog = self._pool.punch_some(_PUNCH_BLOCKS)
 
     def _autoextend(self) -> None:
         with self._lock.hold(timeout=DEFAULT_TIMEOUT_S):
