@@ -18,7 +18,7 @@ C_FILES = $(shell git ls-files "csrc/*.c" "csrc/*.h")
 dev: ## an editable install: C is rebuilt when thinpool is imported
 	python3 -m venv $(VENV)
 	$(VENV)/bin/pip install meson-python==0.22.1 meson==1.12.1 ninja==1.13.2 'cffi>=1.16'
-	$(VENV)/bin/pip install --no-build-isolation --editable '.[dev]'
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/pip install --no-build-isolation --editable '.[dev]'
 
 check: lint test-c test ## before a commit
 
