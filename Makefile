@@ -13,7 +13,7 @@ SANITIZE := -Db_sanitize=address,undefined
 export UBSAN_OPTIONS := print_stacktrace=1:halt_on_error=1
 C_FILES = $(shell git ls-files "csrc/*.c" "csrc/*.h")
 
-.PHONY: dev check test test-c asan lint fmt docs docs-check bench ci soak dist clean
+.PHONY: dev check test test-c asan asan-python lint fmt docs docs-check bench ci soak dist clean
 
 dev: ## an editable install: C is rebuilt when thinpool is imported
 	python3 -m venv $(VENV)
@@ -35,6 +35,18 @@ test-c: $(BUILD)/normal/build.ninja
 asan: $(BUILD)/asan/build.ninja
 	ninja -C $(BUILD)/asan
 	meson test -C $(BUILD)/asan --no-rebuild --print-errorlogs
+
+# The extension with the sanitizers in it, under Python. Needs a normal install (tools/test.sh makes one):
+# an editable one is found before PYTHONPATH. Leaks are not looked for: Python keeps what it has.
+ASAN_PACKAGE := $(BUILD)/asan-package
+asan-python: asan
+	rm -rf $(ASAN_PACKAGE)
+	mkdir -p $(ASAN_PACKAGE)
+	cp -r thinpool $(ASAN_PACKAGE)/
+	cp $(BUILD)/asan/_core*.so $(ASAN_PACKAGE)/thinpool/_native/
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(ASAN_PACKAGE) \
+		$(PYTHON) -m pytest $(or $(TESTS),tests/base tests/check tests/core tests/engine)
 
 test:
 	$(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
