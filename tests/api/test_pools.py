@@ -147,6 +147,18 @@ Thinpool({str(root)!r}).create_pool("p", size=64 << 20, base_size=32 << 20)
     assert api.create_pool("p", size=64 * MIB, base_size=32 * MIB).volumes == 1
 
 
+def test_root_and_files_may_be_named_from_where_one_stands(root, monkeypatch):
+    monkeypatch.chdir(root)
+    api = Thinpool("here", timeout=20)
+    assert api.create_pool("p", size=16 * MIB, base_size=0).data.path.startswith(str(root))
+    api.create_pool("q", size=16 * MIB, base_size=0, data="d", metadata="m")
+    monkeypatch.chdir("/")
+    for name in ("p", "q"):
+        api.create(f"{name}/v", size=MIB)
+        api.remove_pool(name)
+    assert (root / "d").exists()
+
+
 # ---- adopting ---------------------------------------------------------------------------------
 
 

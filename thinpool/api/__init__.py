@@ -70,7 +70,8 @@ class Thinpool:
         self, root: Path | str | None = None, *, timeout: float = DEFAULT_TIMEOUT_S
     ) -> None:
         """Nothing is opened or made yet."""
-        self.root: Final = Path(root) if root is not None else default_root()
+        # Servers stand elsewhere: what is relative to us would be something else to them.
+        self.root: Final = (Path(root) if root is not None else default_root()).absolute()
         self.timeout: Final = timeout
         self._session_made: Session | None = None
 
