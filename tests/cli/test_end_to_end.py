@@ -419,7 +419,7 @@ WRONG = [
     ("create-pool new", 2),
     ("create-pool new --size 1G --engine dm", 9),
     ("create-pool new --size 1K", 2),
-    ("create-pool new --data {dir}/missing --metadata {dir}/missing2", 2),
+    ("create-pool new --data {dir}/missing --metadata {dir}/missing2", 3),
     ("create-pool new --data {dir}/good.tar --metadata {dir}/empty", 4),
     ("create-pool new --data {dir}/good.tar", 2),
     ("remove-pool p", 2),

@@ -364,6 +364,17 @@ def test_the_third_signal_leaves_at_once():
     assert process.returncode == 130
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_work_changes_nothing(number):
+    body = f"""
+    def remove_pool(self, pool):
+        import atexit
+        atexit.register(os.kill, os.getpid(), {int(number)})
+    """
+    result = run([*program(body), "remove-pool", "p", "--yes"])
+    assert (result.returncode, result.stdout, result.stderr) == (0, "p: removed\n", "")
+
+
 def test_an_interrupt_that_is_ignored_stays_so():
     body = """
     def pools(self):

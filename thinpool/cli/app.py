@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 PROGRAM: Final = "thinpool"
 COMPLETE_VARIABLE: Final = "_THINPOOL_COMPLETE"
+_INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _AT: Final = "thinpool.cli.commands."
 COMMANDS: Final = {
@@ -120,6 +121,7 @@ def run(arguments: Sequence[str], *, connect: Connect = connect_default) -> NoRe
         _drop_standard_output()
         if code == exits.DONE:  # otherwise the reason was said, and most likely this is it
             code = _fail(Session(), PROGRAM, exits.from_os_error(error))
+    _ignore_signals()  # not sooner: the reader of a pipe may take its time
     if code == exits.INTERRUPTED:
         # Where the interrupt had passed through exec(), as under a dataclass that was being made,
         # the interpreter would end by SIGINT whatever code it is given.
@@ -252,9 +254,18 @@ def _catch_signals() -> None:
             return
         os._exit(exits.INTERRUPTED)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _INTERRUPTS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup, and jobs of a shell's background
             signal.signal(number, interrupt)
+
+
+def _ignore_signals() -> None:
+    """What was asked is done, or was undone: a late signal changes nothing about that.
+
+    Without it the interpreter, as it ends, would put the default back and die of it.
+    """
+    for number in _INTERRUPTS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _standard_output_is_broken() -> bool:
