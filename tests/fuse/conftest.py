@@ -52,7 +52,8 @@ class Server:
         ]  # fmt: skip
 
     def environment(self) -> dict[str, str]:
-        path = f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+        # An empty part would be the working directory, with sources and no extension in it.
+        path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
         return {**os.environ, "PYTHONPATH": path}
 
     def start(self) -> None:
