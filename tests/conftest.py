@@ -19,6 +19,7 @@ import contextlib
 import functools
 import os
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -111,7 +112,22 @@ def _punch() -> str | None:
     return None if offset == 0 else f"no sparse files under {tempfile.gettempdir()}"
 
 
+def _docker() -> str | None:
+    """A dockerd that still has graph-driver plugins (up to 27), and a static busybox to run."""
+    lacking = _root() or _programs("/usr/sbin/dockerd", "/usr/bin/docker", "/bin/busybox")
+    if lacking is not None:
+        return lacking
+    said = subprocess.run(
+        ["/usr/sbin/dockerd", "--version"], capture_output=True, text=True, check=False
+    ).stdout
+    found = re.search(r"version (\d+)\.", said)
+    if found is None:
+        return f"dockerd says {said!r:.60}"
+    return None if int(found[1]) < 28 else f"{said.strip()} has no graph-driver plugins"
+
+
 CAPABILITIES: dict[str, Callable[[], str | None]] = {
+    "docker": _docker,
     "ext4": _ext4,
     "fio": lambda: _programs("fio"),
     "fuse": _fuse,

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import signal
-import socket
+import socket as sockets
 import subprocess
 import sys
 import tarfile
@@ -32,9 +32,9 @@ class Connection(http.client.HTTPConnection):
         self.path = path
 
     def connect(self):
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM)
+        self.sock.connect(str(self.path))  # blocking: a full backlog is waited for
         self.sock.settimeout(60)
-        self.sock.connect(str(self.path))
 
 
 class RefusedError(Exception):
@@ -48,12 +48,12 @@ class RefusedError(Exception):
 class Driver:
     """One pool and its driver's process."""
 
-    def __init__(self, folder, *, pool="p", name="tp", **settings):
+    def __init__(self, folder, *, pool="p", name="tp", socket=None, **settings):
         self.folder = folder
         self.root = folder / "root"
         self.pool = pool
         self.name = name
-        self.socket = folder / "tp.sock"
+        self.socket = socket or folder / "tp.sock"
         self.log = folder / "serve.log"
         self.api = Thinpool(self.root)
         self.api.create_pool(pool, **settings)
@@ -219,9 +219,11 @@ def eventually(true, seconds=30):
 
 
 @contextlib.contextmanager
-def a_driver(**settings):
+def a_driver(*, name="tp", socket=None, **settings):
     folder = Path(tempfile.mkdtemp(prefix="g-", dir=Path(os.environ["THINPOOL_RUN"]).parent))
-    driver = Driver(folder, **{"size": 2 * GIB, "base_size": GIB, **settings})
+    driver = Driver(
+        folder, name=name, socket=socket, **{"size": 2 * GIB, "base_size": GIB, **settings}
+    )
     try:
         driver.start()
         yield driver

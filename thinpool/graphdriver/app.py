@@ -43,7 +43,6 @@ _OK: Final = 200
 _BAD: Final = 400
 _FORBIDDEN: Final = 403
 _UNKNOWN: Final = 404
-_TOO_LARGE: Final = 413
 _FAILED: Final = 500
 
 Answer = dict[str, Any]
@@ -251,16 +250,15 @@ class Plugin:
             response = web.StreamResponse(headers={"Content-Type": "application/x-tar"})
             response.enable_chunked_encoding()
             await response.prepare(request)
-            while piece:
-                await response.write(piece)
-                piece = await loop.run_in_executor(self._streams, step, pieces)
-            await response.write_eof()
-        except (errors.ThinpoolError, OSError) as error:
-            if isinstance(error, errors.ThinpoolError):
-                logger.warning("Diff of %s: %s", layer, error.message)
-            _break_off(request)
-            raise
-        else:
+            try:
+                while piece:
+                    await response.write(piece)
+                    piece = await loop.run_in_executor(self._streams, step, pieces)
+                await response.write_eof()
+            except (errors.ThinpoolError, OSError) as error:
+                if not isinstance(error, ConnectionError):
+                    logger.warning("Diff of %s: %s", layer, changes.error_text(error))
+                _break_off(request)
             return response
         finally:
             await asyncio.shield(loop.run_in_executor(self._streams, _close, pieces))
@@ -318,12 +316,13 @@ async def _guard(
         return _answer({"Err": "only root may ask"}, status=_FORBIDDEN)
     try:
         return await handler(request)
-    except web.HTTPRequestEntityTooLarge:
-        return _answer({"Err": f"the request is larger than {BODY_MAX} bytes"}, status=_TOO_LARGE)
     except web.HTTPException as error:
-        return _answer({"Err": f"{request.path[:100]}: {error.reason}"}, status=error.status)
-    except (ConnectionError, asyncio.CancelledError):
-        raise
+        said = f"{request.path[:100]}: {error.reason}"
+        if isinstance(error, web.HTTPRequestEntityTooLarge):
+            said = f"the request is larger than {BODY_MAX} bytes"
+        return _answer({"Err": said}, status=error.status)
+    except ConnectionError:  # the request was cut off: nobody is there to read this
+        return _answer({"Err": "the request was cut off"}, status=_BAD)
     except errors.ThinpoolError as error:
         return _failure(error, status=_FAILED)
     except Exception as error:

@@ -456,8 +456,10 @@ class Layers:
                 extractor = Extractor(root, best_effort_xattrs=True)
                 done = extractor.apply(source, archive=f"layer {layer:.12}", need_end=False)
         except BaseException as error:
+            failed = isinstance(error, (errors.StorageIOError, errors.ReadOnlyError, OSError))
+            full = failed and self._is_full()  # asked first: the removal makes room
             self._drop_half_filled(layer)
-            if isinstance(error, (errors.StorageIOError, OSError)) and self._is_full():
+            if full:
                 raise errors.DataSpaceError(
                     f"pool {self.pool} is full: layer {layer} does not fit", used=None, total=None
                 ) from error

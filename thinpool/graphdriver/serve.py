@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_NAME: Final = "thinpool"
 SOCKETS: Final = Path("/run/docker/plugins")
-_BACKLOG: Final = 128
+_BACKLOG: Final = 1024
 _END_S: Final = 60.0
 _PATH_MAX: Final = 107
 

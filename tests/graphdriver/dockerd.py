@@ -1,0 +1,172 @@
+"""dockerd itself, on its own folders, without a network."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import signal
+import subprocess
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+DOCKERD = "/usr/sbin/dockerd"
+DOCKER = "/usr/bin/docker"  # a newer client may stand before it in PATH, and wants buildx
+
+
+class Dockerd:
+    """One daemon with a storage driver."""
+
+    def __init__(self, folder, storage, *options):
+        self.folder = folder
+        self.storage = storage
+        self.options = options
+        self.socket = folder / "docker.sock"
+        self.log = folder / "dockerd.log"
+        self.process = None
+        (folder / "daemon.json").write_text("{}")
+
+    def start(self, *options):
+        command = [
+            DOCKERD, f"--config-file={self.folder}/daemon.json",
+            "--data-root", f"{self.folder}/data", "--exec-root", f"{self.folder}/exec",
+            "--pidfile", f"{self.folder}/pid", "-H", f"unix://{self.socket}",
+            "--bridge=none", "--iptables=false", "--ip6tables=false", "--experimental",
+            f"--storage-driver={self.storage}", *self.options, *options,
+        ]  # fmt: skip
+        with contextlib.suppress(FileNotFoundError):
+            (self.folder / "pid").unlink()  # of one that was killed
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        deadline = time.monotonic() + 60
+        while self.run("version", check=False).returncode:
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.1)
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(60) == 0, self.log.read_text()[-3000:]
+        self.process = None
+
+    def kill(self):
+        """Kill it; containerd goes with its parent, but is reaped by somebody else."""
+        self.process.kill()
+        self.process.wait()
+        self.process = None
+        record = self.folder / "exec/containerd/containerd.pid"
+        state = Path(f"/proc/{record.read_text()}/stat")
+        deadline = time.monotonic() + 30
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            while state.read_text().rpartition(")")[2].split()[0] != "Z":
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        record.unlink()  # a zombie's number would keep the next daemon from starting one
+
+    def run(self, *arguments, check=True, stdin=b"", buildkit=False, timeout=180):
+        environment = os.environ | {
+            "DOCKER_HOST": f"unix://{self.socket}",
+            "DOCKER_BUILDKIT": "1" if buildkit else "0",
+            "DOCKER_CONFIG": str(self.folder / "config"),
+        }
+        done = subprocess.run(
+            [DOCKER, *arguments],
+            input=stdin, capture_output=True, check=False, env=environment, timeout=timeout,
+        )  # fmt: skip
+        if check:
+            assert done.returncode == 0, f"docker {' '.join(arguments)}: {done.stderr.decode()}"
+        return done
+
+    def __call__(self, *arguments, **options):
+        """What a client's command prints."""
+        return self.run(*arguments, **options).stdout.decode().strip()
+
+    def background(self, *arguments):
+        environment = os.environ | {"DOCKER_HOST": f"unix://{self.socket}"}
+        return subprocess.Popen(
+            [DOCKER, *arguments], env=environment,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def close(self):
+        """Remove all containers, stop the daemon, and unmount what it leaves mounted."""
+        if self.process is not None and self.process.poll() is None:
+            found = self("ps", "-aq", check=False).split()
+            if found:
+                self("rm", "-f", *found, check=False)
+            self.stop()
+        for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
+            target = line.split()[4]
+            if target.startswith(f"{self.folder}/"):
+                subprocess.run(["umount", "-l", target], check=False)
+
+
+@contextlib.contextmanager
+def a_dockerd(storage, *options):
+    folder = Path(tempfile.mkdtemp(prefix="d-", dir=Path(os.environ["THINPOOL_RUN"]).parent))
+    daemon = Dockerd(folder, storage, *options)
+    try:
+        daemon.start()
+        yield daemon
+    finally:
+        daemon.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+COMMANDS = "sh ls cat echo rm dd mkdir touch sleep mv ln true df id cp stat chmod chown seq find"
+
+
+def root_tar():
+    """A root filesystem of a few files: busybox."""
+    busybox = Path("/bin/busybox").read_bytes()
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+
+        def add(name, content=None, **fields):
+            member = tarfile.TarInfo(name)
+            member.mode = 0o755
+            for key, value in fields.items():
+                setattr(member, key, value)
+            member.size = len(content or b"")
+            tar.addfile(member, io.BytesIO(content or b""))
+
+        for name in ("bin", "etc", "tmp", "dir", "dir/sub"):
+            add(name, type=tarfile.DIRTYPE)
+        add("bin/busybox", busybox)
+        for name in COMMANDS.split():
+            add(f"bin/{name}", type=tarfile.SYMTYPE, linkname="busybox")
+        add("etc/passwd", b"root:x:0:0:root:/:/bin/sh\nuser:x:1000:1000::/:/bin/sh\n", mode=0o644)
+        for number in range(20):
+            add(f"dir/file{number}", b"%d" % number * 1000, mode=0o640, uid=number, gid=number)
+        add("dir/sub/deep", b"deep")
+        add("dir/hard", type=tarfile.LNKTYPE, linkname="dir/file1", mode=0o640, uid=1, gid=1)
+    return stream.getvalue()
+
+
+CHANGES = """
+echo new > /new; rm /dir/file3; rm -r /dir/sub; mkdir /dir/sub; echo again > /dir/sub/other
+chmod 4755 /dir/file4; chown 7:8 /dir/file5; mv /dir/file6 /dir/moved; ln -s nowhere /link
+ln /dir/file7 /dir/hard7; echo x >> /dir/file8; mkdir -p /a/b/c; touch /a/b/c/d; rm /etc/passwd
+mkdir /etc/passwd; dd if=/dev/zero of=/sparse bs=1 count=1 seek=10000000 2>/dev/null
+"""
+"""What a container does to root_tar()'s tree."""
+
+
+def tree_of(tar):
+    """Names, kinds, owners, modes and contents of an export; without times."""
+    found = {}
+    with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
+        for member in archive:
+            name = member.name.removeprefix("./").rstrip("/")
+            content = archive.extractfile(member).read() if member.isreg() else member.linkname
+            if member.islnk():  # which name of a file comes first is the writer's
+                content = archive.extractfile(member).read()
+            kind = "file" if member.isreg() or member.islnk() else member.type
+            mode = member.mode & 0o7777
+            found[name] = (kind, mode, member.uid, member.gid, content)
+    return found
