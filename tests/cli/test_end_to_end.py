@@ -909,7 +909,12 @@ def test_what_needs_no_mount_works_without_root(tmp_path):
         "group": 65534,
         "extra_groups": [],
         "cwd": "/",
-        "env": os.environ | {"HOME": str(home), "THINPOOL_RUN": str(home / "run")},
+        "env": os.environ
+        | {
+            "HOME": str(home),
+            "THINPOOL_CONFIG": str(home / "no-thinpool.toml"),  # where that user may look
+            "THINPOOL_RUN": str(home / "run"),
+        },
     }
     try:
         interpreter = [sys.executable, "-c", "import thinpool.cli.app"]
