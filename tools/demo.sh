@@ -18,7 +18,7 @@ WORK=${THINPOOL_DEMO_DIR:-$PWD/build/demo}
 CACHE=${THINPOOL_DEMO_CACHE:-$PWD/.cache}
 FILE_MIB=${THINPOOL_DEMO_FILE_MIB:-1024}
 PACKAGES="$BUILD_PACKAGES thin-provisioning-tools e2fsprogs debootstrap mount util-linux procps kmod"
-NEED_MIB=$((FILE_MIB * 6 + 2048))
+NEED_MIB=$((FILE_MIB * 6 + 2560))
 
 # ---- what will happen -----------------------------------------------------------------------
 missing=$(setup_missing $PACKAGES 2>/dev/null || true)
@@ -265,7 +265,7 @@ step "the tree"
 run "thinpool list demo --tree"
 
 step "the server killed in the middle of a write"
-head -c 268435456 /dev/urandom >"$WORK/payload"
+head -c 536870912 /dev/urandom >"$WORK/payload"
 supervisor=$(cat "$THINPOOL_ROOT/pools/demo/supervisor.pid")
 worker() { ps -o pid= --ppid "$supervisor" | awk '{print $1}'; }
 printf '$ dd if=%s of=%s bs=1M conv=fsync &\n' "$W/payload" "$M/c1/srv/payload"
