@@ -175,3 +175,10 @@ def test_an_import_that_fills_the_pool_says_so_and_leaves_nothing(api, tmp_path:
     assert api.status("p").data.used == before
     assert api.status("p").mode == "rw"
     assert api.check("p").clean
+
+
+@pytest.mark.fuse
+def test_a_pool_too_small_for_its_base_is_not_made_and_the_error_says_full(api) -> None:
+    with pytest.raises(errors.DataSpaceError):
+        api.create_pool("p", size=BLOCK, base_size=256 * MIB, min_free=0.0)
+    assert api.pools() == []

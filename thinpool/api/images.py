@@ -13,7 +13,7 @@ from thinpool import errors
 from thinpool.api.session import Session, existing_volume, refuse_taken
 from thinpool.api.workbench import Finished, Workbench
 from thinpool.host.failures import failure
-from thinpool.model import Exported, FileChange, PoolStatus, Progress, Volume
+from thinpool.model import Exported, FileChange, Progress, Volume
 from thinpool.names import parse_ref, same_pool
 from thinpool.oci.archive import open_source
 from thinpool.oci.diff import iter_changes
@@ -146,7 +146,7 @@ def import_image(
     with (
         open_source(given, ref=ref, platform=platform, spool_directory=spool, note=note) as opened,
         Workbench(client) as bench,
-        _full_is_no_io_error(client),
+        bench.filling(),
     ):
         chain = _chain_of(base) if parent is not None else None
         target = _PoolTarget(client, bench, base, base_chain=chain, size=size)
@@ -163,23 +163,6 @@ def import_image(
         if imported.config_digest:
             labels["config-digest"] = imported.config_digest
         return _publish(client, bench, target, name.name, top=top, labels=labels)
-
-
-@contextlib.contextmanager
-def _full_is_no_io_error(client: PoolClient) -> Iterator[None]:
-    """A filesystem on a full pool reports EIO when it writes back: say what it is."""
-    try:
-        yield
-    except errors.StorageIOError as cause:
-        status = PoolStatus.from_json(client.call("status", {}))
-        if status.mode != "out_of_data_space":
-            raise
-        raise errors.DataSpaceError(
-            f"the data space of pool {status.pool} is full: remove volumes, or extend-pool",
-            pool=status.pool,
-            used=status.data.used,
-            total=status.data.total,
-        ) from cause
 
 
 def _chain_of(parent: Volume) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from thinpool import errors
 from thinpool.host import filesystems, mounts
 from thinpool.host.signatures import data_ranges
-from thinpool.model import Activation, Volume
+from thinpool.model import Activation, PoolStatus, Volume
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -142,6 +142,25 @@ class Workbench:
 
     # ---- filesystems ------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def filling(self) -> Iterator[None]:
+        """What writes much into a filesystem: on a full pool that reports EIO; say what it is."""
+        try:
+            yield
+        except errors.ThinpoolError as cause:
+            # Of an error of the host or of a program that it ran; others say what they mean.
+            if type(cause) not in {errors.StorageIOError, errors.ThinpoolError}:
+                raise
+            status = PoolStatus.from_json(self._client.call("status"))
+            if status.mode != "out_of_data_space":
+                raise
+            raise errors.DataSpaceError(
+                f"the data space of pool {status.pool} is full: remove volumes, or extend-pool",
+                pool=status.pool,
+                used=status.data.used,
+                total=status.data.total,
+            ) from cause
+
     def make_filesystem(self, volume: Volume, fs: str, options: Sequence[str]) -> str:
         """Make a filesystem; on its device where there can be one, else through a file.
 
@@ -150,7 +169,7 @@ class Workbench:
         """
         fstype = filesystems.check_fs_type(fs)
         try:
-            with self.active(volume) as device:
+            with self.filling(), self.active(volume) as device:
                 filesystems.make_filesystem(
                     device, fstype, block_size=self._block_size, options=options
                 )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Self
 
 from thinpool import errors
 from thinpool.engine import BlockDevice, DiscardMode, Pool, PoolOptions
+from thinpool.store import poolfile
 
 if TYPE_CHECKING:
     import mmap
@@ -53,7 +54,8 @@ def pool_options(config: PoolConfig, *, data_size: int) -> PoolOptions:
     """How the engine opens a pool."""
     return PoolOptions(
         zero=config.zero,
-        error_if_no_space=config.when_full == "error",
+        # A pool in the making has nobody who could make room: its base does not fit.
+        error_if_no_space=config.when_full == "error" or config.state == poolfile.CREATING,
         no_space_timeout_ms=config.no_space_timeout_ms,
         discard_mode=DiscardMode.PASSDOWN,
         read_only=config.read_only,
