@@ -17,6 +17,7 @@ struct tp_data_map {
 	struct tp_tm *tm;
 	uint64_t nr_blocks;
 	uint64_t nr_used;
+	uint64_t nr_overflow; /* entries of the overflow tree */
 	uint64_t index_root;
 	uint64_t overflow_root;
 	struct index_entry *index;
@@ -162,9 +163,12 @@ static int set_count(struct tp_data_map *map, uint64_t block, uint32_t old, uint
 	if (!r && (old < TP_COUNT_OVERFLOW || count < TP_COUNT_OVERFLOW))
 		r = set_pair(map, block, count < TP_COUNT_OVERFLOW ? count : TP_COUNT_OVERFLOW,
 			     err);
-	if (!r)
-		map->nr_used += (uint64_t)(count != 0) - (uint64_t)(old != 0);
-	return r;
+	if (r)
+		return r;
+	map->nr_used += (uint64_t)(count != 0) - (uint64_t)(old != 0);
+	map->nr_overflow +=
+		(uint64_t)(count >= TP_COUNT_OVERFLOW) - (uint64_t)(old >= TP_COUNT_OVERFLOW);
+	return 0;
 }
 
 int tp_data_map_claim(struct tp_data_map *map, uint64_t block, struct tp_error *err)
@@ -265,6 +269,7 @@ static int load_bitmap(struct tp_data_map *map, uint64_t i, struct tp_error *err
 		n = map->nr_blocks - begin;
 	for (e = 0; e <= n; e++) {
 		uint64_t word = e < n ? tp_le64_get(bitmap->words[e / TP_WORD_ENTRIES]) : 0;
+		unsigned pair = tp_word_count(word, (unsigned)(e % TP_WORD_ENTRIES));
 
 		if (e < n && !run && !word && e % TP_WORD_ENTRIES == 0) {
 			e += TP_WORD_ENTRIES - 1;
@@ -272,8 +277,9 @@ static int load_bitmap(struct tp_data_map *map, uint64_t i, struct tp_error *err
 				e = n - 1;
 			continue;
 		}
-		if (e < n && tp_word_count(word, (unsigned)(e % TP_WORD_ENTRIES))) {
+		if (pair) {
 			run++;
+			map->nr_overflow += pair == TP_COUNT_OVERFLOW;
 			continue;
 		}
 		if (run) {
@@ -339,6 +345,7 @@ int tp_data_map_resize(struct tp_data_map *map, uint64_t nr_blocks, struct tp_er
 {
 	uint64_t nr_index = bitmaps_for(nr_blocks);
 	struct index_entry *index;
+	uint64_t at;
 	void *data;
 	int r;
 
@@ -364,13 +371,12 @@ int tp_data_map_resize(struct tp_data_map *map, uint64_t nr_blocks, struct tp_er
 	if (tp_allocator_resize(map->allocator, nr_blocks))
 		return tp_fail(err, TP_E_NO_MEMORY, "no memory for %lu data blocks",
 			       (unsigned long)nr_blocks);
-	/* A pool restored by others may carry hints that hide the new end: write them again. */
-	if (map->nr_blocks % TP_BITMAP_ENTRIES) {
-		unsigned pair;
-
-		r = pair_of(map, map->nr_blocks, &pair, err);
-		if (!r)
-			r = set_pair(map, map->nr_blocks, 0, err);
+	/*
+	 * A pool restored by others may carry hints that hide the new end, and the format says
+	 * nothing of the bits past the end: write both again.
+	 */
+	for (at = map->nr_blocks; at < nr_blocks && at % TP_BITMAP_ENTRIES; at++) {
+		r = set_pair(map, at, 0, err);
 		if (r)
 			return r;
 	}
@@ -411,6 +417,16 @@ uint64_t tp_data_map_nr_blocks(const struct tp_data_map *map)
 uint64_t tp_data_map_nr_used(const struct tp_data_map *map)
 {
 	return map->nr_used;
+}
+
+uint64_t tp_data_map_nr_overflow(const struct tp_data_map *map)
+{
+	return map->nr_overflow;
+}
+
+uint64_t tp_data_map_nr_bitmaps(const struct tp_data_map *map)
+{
+	return map->nr_index;
 }
 
 uint64_t tp_data_map_nr_allocatable(const struct tp_data_map *map)

@@ -139,27 +139,38 @@ static bool take_hole_bit(struct tp_pool *pool, uint64_t block)
 }
 
 enum {
-	NEEDS_COMMIT = 1
+	NEEDS_COMMIT = 1,
+	NEEDS_PUNCH = 2 /* the last free blocks are being returned to the host: they stay free */
 };
 
-static int try_reserve(struct tp_pool *pool, uint64_t *block_ret, bool *hole_ret,
-		       struct tp_error *err)
+/* Under md_lock: for one more mapping, in the metadata and, with others to come, in the log. */
+static int check_room(struct tp_pool *pool, uint64_t records, struct tp_error *err)
 {
-	struct tp_data_map *map = tp_md_data_map(pool->md);
-	int room, r = tp_pool_check_writable(pool, err);
+	int room = tp_md_has_room(pool->md, false);
 
-	if (r)
-		return r;
-	room = tp_md_has_room(pool->md, false);
 	if (!room)
 		return tp_fail(err, TP_E_METADATA_SPACE,
 			       "the pool's metadata is full but for its reserve: %lu of %lu blocks",
 			       (unsigned long)tp_md_nr_used(pool->md),
 			       (unsigned long)tp_md_nr_blocks(pool->md));
-	if (room < 0 || !tp_redo_has_room(pool->redo, 16))
-		return NEEDS_COMMIT;
-	if (tp_data_map_reserve(map, block_ret))
+	return room < 0 || !tp_redo_has_room(pool->redo, records) ? NEEDS_COMMIT : 0;
+}
+
+static int try_reserve(struct tp_pool *pool, uint64_t *block_ret, bool *hole_ret,
+		       struct tp_error *err)
+{
+	struct tp_data_map *map = tp_md_data_map(pool->md);
+	int r = tp_pool_check_writable(pool, err);
+
+	if (!r)
+		r = check_room(pool, 16, err);
+	if (r)
+		return r;
+	if (tp_data_map_reserve(map, block_ret)) {
+		if (pool->punching)
+			return NEEDS_PUNCH;
 		return tp_data_map_nr_waiting(map) ? NEEDS_COMMIT : TP_E_DATA_SPACE;
+	}
 	*hole_ret = take_hole_bit(pool, *block_ret);
 	if (tp_data_map_nr_allocatable(map) < pool->options.low_water_blocks &&
 	    !atomic_exchange(&pool->low_water_reached, 1))
@@ -174,7 +185,8 @@ static int reserve(struct tp_pool *pool, uint64_t *block_ret, bool *hole_ret, st
 
 	for (attempt = 0; attempt < 3 && r == NEEDS_COMMIT; attempt++) {
 		pthread_mutex_lock(&pool->md_lock);
-		r = try_reserve(pool, block_ret, hole_ret, err);
+		while ((r = try_reserve(pool, block_ret, hole_ret, err)) == NEEDS_PUNCH)
+			pthread_cond_wait(&pool->punched_cond, &pool->md_lock);
 		pthread_mutex_unlock(&pool->md_lock);
 		if (r == NEEDS_COMMIT) {
 			int c = tp_pool_flush_round(pool, true, err);
@@ -208,8 +220,9 @@ static int insert(struct tp_volume *volume, uint64_t vblock, uint64_t data_block
 
 	pthread_mutex_lock(&pool->md_lock);
 	r = tp_pool_check_writable(pool, err);
-	if (!r && !tp_redo_has_room(pool->redo, 1))
-		r = NEEDS_COMMIT;
+	/* Again: there was room for one when the block was reserved, but others came since. */
+	if (!r)
+		r = check_room(pool, 1, err);
 	if (r) {
 		tp_data_map_unreserve(tp_md_data_map(pool->md), data_block, 1);
 	} else {

@@ -9,8 +9,10 @@
 
 #define DEVICE_BUCKETS 256u
 #define MD_BLOCKS_MIN  16u /* below this not even an empty pool fits */
-/* The kernel's reserve is a tenth; on a tiny device that is less than one change can need. */
-#define RESERVE_MIN 48u
+/* Metadata blocks of a change's paths and of a commit's, but for what counting them needs. */
+#define CHANGE_BLOCKS 24u
+/* Fewer entries of the overflow tree than any of its nodes but the root has. */
+#define OVERFLOW_PER_NODE 110u
 
 struct tp_metadata {
 	struct tp_bdev *bdev;
@@ -303,7 +305,8 @@ bool tp_md_needs_check(const struct tp_metadata *md)
 
 bool tp_md_read_only_features(const struct tp_metadata *md)
 {
-	return tp_le32_get(md->committed->sb.compat_ro_flags) != 0;
+	/* A time beyond what a mapping can hold would run over into its block. */
+	return tp_le32_get(md->committed->sb.compat_ro_flags) != 0 || md->time > TP_TIME_MAX;
 }
 
 struct tp_data_map *tp_md_data_map(struct tp_metadata *md)
@@ -328,17 +331,43 @@ uint64_t tp_md_reserve(const struct tp_metadata *md)
 	return reserve < TP_MD_RESERVE_MAX ? reserve : TP_MD_RESERVE_MAX;
 }
 
+static uint64_t min_of(uint64_t a, uint64_t b)
+{
+	return a < b ? a : b;
+}
+
+/* The most metadata blocks that it takes to change the counts of n data blocks, and to commit. */
+static uint64_t counting_blocks(const struct tp_metadata *md, uint64_t n)
+{
+	uint64_t bitmaps = tp_data_map_nr_bitmaps(md->data_map);
+	uint64_t overflow = tp_data_map_nr_overflow(md->data_map) / OVERFLOW_PER_NODE + 1;
+
+	return min_of(n, bitmaps) + min_of(n, overflow) +
+	       tp_tm_nr_blocks(md->tm) / TP_BITMAP_ENTRIES;
+}
+
 int tp_md_has_room(const struct tp_metadata *md, bool into_reserve)
 {
+	/* A shared leaf's blocks are all counted once more when one of its mappings changes. */
+	uint64_t worst = CHANGE_BLOCKS + counting_blocks(md, TP_NODE_MAX_ENTRIES(8));
 	uint64_t keep = tp_md_reserve(md);
 
-	if (keep < RESERVE_MIN)
-		keep = RESERVE_MIN;
+	/* The kernel's reserve is a tenth; on a tiny device that is less than one change needs. */
+	if (keep < worst + CHANGE_BLOCKS)
+		keep = worst + CHANGE_BLOCKS;
 	if (into_reserve)
-		keep = RESERVE_MIN / 2;
+		keep = worst;
 	if (tp_tm_nr_allocatable(md->tm) > keep)
 		return 1;
 	return tp_tm_nr_allocatable(md->tm) + tp_tm_nr_pending(md->tm) > keep ? -1 : 0;
+}
+
+bool tp_md_has_room_to_delete(const struct tp_metadata *md, const struct tp_device *device)
+{
+	/* Shared as a whole, it only loses a reference. */
+	return tp_tm_count(md->tm, device->root) > 1 ||
+	       tp_tm_nr_allocatable(md->tm) >
+		       CHANGE_BLOCKS + counting_blocks(md, device->mapped_blocks);
 }
 
 uint64_t tp_md_transaction(const struct tp_metadata *md)
@@ -422,10 +451,13 @@ int tp_md_get_device(struct tp_metadata *md, uint32_t id, struct tp_device **dev
 		return 0;
 	}
 	r = tp_btree_lookup(&details, md->details_root, id, &value, err);
+	if (r == TP_E_KEY_NOT_FOUND)
+		return tp_fail(err, TP_E_VOLUME_NOT_FOUND, "the pool has no device %u", id);
 	if (!r)
 		r = tp_btree_lookup(&top, md->mapping_root, id, &root, err);
 	if (r == TP_E_KEY_NOT_FOUND)
-		return tp_fail(err, TP_E_VOLUME_NOT_FOUND, "the pool has no device %u", id);
+		return tp_fail_block(err, TP_E_NODE_MALFORMED, md->mapping_root, id, id,
+				     "device %u has details and no mappings", id);
 	if (r)
 		return r;
 	device = add_device(md, id, err);
@@ -448,10 +480,11 @@ void tp_md_put_device(struct tp_metadata *md, struct tp_device *device)
 	drop_if_idle(md, device);
 }
 
-static int exists(struct tp_metadata *md, uint32_t id, struct tp_error *err)
+int tp_md_check_new_id(struct tp_metadata *md, uint32_t id, struct tp_error *err)
 {
-	struct tp_btree details = details_tree(md);
+	struct tp_btree details = details_tree(md), top = top_tree(md);
 	struct tp_disk_device_details value;
+	struct tp_le64 root;
 	int r;
 
 	if (id > TP_DEVICE_ID_MAX)
@@ -459,6 +492,9 @@ static int exists(struct tp_metadata *md, uint32_t id, struct tp_error *err)
 	if (find_device(md, id))
 		return tp_fail(err, TP_E_VOLUME_EXISTS, "the pool has a device %u already", id);
 	r = tp_btree_lookup(&details, md->details_root, id, &value, err);
+	/* In others' metadata a device may stand in one tree only: it is not written over. */
+	if (r == TP_E_KEY_NOT_FOUND)
+		r = tp_btree_lookup(&top, md->mapping_root, id, &root, err);
 	if (!r)
 		return tp_fail(err, TP_E_VOLUME_EXISTS, "the pool has a device %u already", id);
 	return r == TP_E_KEY_NOT_FOUND ? 0 : r;
@@ -524,7 +560,7 @@ int tp_md_create_device(struct tp_metadata *md, uint32_t id, struct tp_error *er
 				    .creation_time = md->time,
 				    .snapshotted_time = md->time,
 				    .transaction_id = md->transaction_id };
-	int r = exists(md, id, err);
+	int r = tp_md_check_new_id(md, id, err);
 
 	if (!r)
 		r = tp_btree_empty(&tree, &device.root, err);
@@ -557,7 +593,7 @@ int tp_md_create_snapshot(struct tp_metadata *md, uint32_t id, uint32_t origin_i
 			  struct tp_error *err)
 {
 	struct tp_device snapshot, *origin;
-	int r = exists(md, id, err);
+	int r = tp_md_check_new_id(md, id, err);
 
 	if (r)
 		return r;
@@ -719,7 +755,9 @@ int tp_md_remove(struct tp_metadata *md, struct tp_device *device, uint64_t bloc
 	r = tp_btree_remove(&tree, &device->root, block, &value, err);
 	if (r)
 		return r;
-	device->mapped_blocks--;
+	/* Others may have counted wrong. */
+	if (device->mapped_blocks)
+		device->mapped_blocks--;
 	device->details_changed = true;
 	return tp_data_map_dec(md->data_map, tp_mapping_block(tp_le64_get(value)), err);
 }
@@ -738,10 +776,14 @@ int tp_md_resize_metadata(struct tp_metadata *md, struct tp_error *err)
 {
 	uint64_t blocks = tp_superblock_usable_blocks(md->bdev);
 
+	int r;
+
 	if (blocks == tp_tm_nr_blocks(md->tm))
 		return 0;
-	mark_changed(md, NULL);
-	return tp_tm_resize(md->tm, blocks, err);
+	r = tp_tm_resize(md->tm, blocks, err);
+	if (!r)
+		mark_changed(md, NULL);
+	return r;
 }
 
 int tp_md_hold_snapshot(struct tp_metadata *md, struct tp_error *err)

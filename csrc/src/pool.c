@@ -279,6 +279,7 @@ void tp_pool_free(struct tp_pool *pool)
 	pthread_mutex_destroy(&pool->space_lock);
 	pthread_mutex_destroy(&pool->event_lock);
 	pthread_mutex_destroy(&pool->background_lock);
+	pthread_cond_destroy(&pool->punched_cond);
 	pthread_cond_destroy(&pool->flushes.cond);
 	pthread_cond_destroy(&pool->space_cond);
 	pthread_cond_destroy(&pool->event_cond);
@@ -299,6 +300,7 @@ static struct tp_pool *pool_alloc(void)
 	pthread_mutex_init(&pool->space_lock, NULL);
 	pthread_mutex_init(&pool->event_lock, NULL);
 	pthread_mutex_init(&pool->background_lock, NULL);
+	pthread_cond_init(&pool->punched_cond, NULL);
 	pthread_cond_init(&pool->flushes.cond, NULL);
 	cond_init_monotonic(&pool->space_cond);
 	cond_init_monotonic(&pool->event_cond);
@@ -353,7 +355,8 @@ int tp_pool_open(struct tp_bdev *metadata, struct tp_bdev *data,
 		r = replay(pool, err);
 	if (!r && atomic_load(&pool->mode) == TP_MODE_RW)
 		r = tp_pool_find_holes(pool, 0, err);
-	if (!r && options->commit_interval_ms && atomic_load(&pool->mode) == TP_MODE_RW) {
+	/* One that needs a check may be writable later. */
+	if (!r && options->commit_interval_ms && !options->read_only) {
 		if (pthread_create(&pool->background, NULL, tp_pool_background, pool))
 			r = tp_fail(err, TP_E_NO_MEMORY, "no thread for background commits");
 		else
@@ -476,6 +479,8 @@ int tp_pool_clear_needs_check(struct tp_pool *pool, struct tp_error *err)
 	/* The in-memory state may be ahead of the disk: only a fresh open may write again. */
 	if (pool->options.read_only)
 		return tp_fail(err, TP_E_READ_ONLY, "the pool is open read-only");
+	if (tp_md_read_only_features(pool->md))
+		return tp_fail(err, TP_E_READ_ONLY, "the pool's superblock forbids to write");
 	pthread_mutex_lock(&pool->md_lock);
 	if (tp_md_uncommitted(pool->md))
 		r = tp_fail(err, TP_E_NEEDS_CHECK,

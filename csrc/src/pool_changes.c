@@ -56,7 +56,7 @@ static int apply_one(struct tp_pool *pool, const struct tp_change *change, struc
 static int will_exist(struct tp_pool *pool, const struct tp_change *changes, size_t n, uint32_t id,
 		      bool *exists_ret, struct tp_error *err)
 {
-	struct tp_volume_info info;
+	struct tp_device *device;
 	int r;
 
 	while (n--) {
@@ -65,9 +65,11 @@ static int will_exist(struct tp_pool *pool, const struct tp_change *changes, siz
 			return 0;
 		}
 	}
-	r = tp_md_next_device(pool->md, id, &info, err);
-	*exists_ret = !r && info.id == id;
-	return r == TP_E_KEY_NOT_FOUND ? 0 : r;
+	r = tp_md_get_device(pool->md, id, &device, err);
+	*exists_ret = !r;
+	if (!r)
+		tp_md_put_device(pool->md, device);
+	return r == TP_E_VOLUME_NOT_FOUND ? 0 : r;
 }
 
 static int judge(struct tp_pool *pool, const struct tp_change *changes, size_t i,
@@ -92,9 +94,17 @@ static int judge(struct tp_pool *pool, const struct tp_change *changes, size_t i
 		return tp_fail(err, TP_E_VOLUME_NOT_FOUND, "the pool has no device %u", c->id);
 	if (c->kind == TP_CHANGE_DELETE && tp_find_volume(pool, c->id))
 		return tp_fail(err, TP_E_VOLUME_BUSY, "device %u is in use", c->id);
+	if (c->kind == TP_CHANGE_SNAPSHOT)
+		r = tp_pool_check_not_doomed(pool, c->origin, err);
+	if (r)
+		return r;
 	if (c->kind != TP_CHANGE_DELETE && exists)
 		return tp_fail(err, TP_E_VOLUME_EXISTS, "the pool has a device %u already", c->id);
-	return 0;
+	/* In others' metadata it may be there by half; one that the series deletes is whole. */
+	while (i--)
+		if (changes[i].id == c->id)
+			return 0;
+	return c->kind == TP_CHANGE_DELETE ? 0 : tp_md_check_new_id(pool->md, c->id, err);
 }
 
 static int judge_all(struct tp_pool *pool, const struct tp_change *changes, size_t n,
@@ -131,56 +141,130 @@ static int judge_all(struct tp_pool *pool, const struct tp_change *changes, size
 
 /* ---- big deletes -------------------------------------------------------------------------- */
 
-static int empty_some(struct tp_pool *pool, struct tp_device *device, struct tp_error *err)
+int tp_pool_check_not_doomed(struct tp_pool *pool, uint32_t id, struct tp_error *err)
+{
+	const struct doomed *doomed = pool->doomed;
+
+	while (doomed && doomed->id != id)
+		doomed = doomed->next;
+	return doomed ? tp_fail(err, TP_E_VOLUME_BUSY, "device %u is being deleted", id) : 0;
+}
+
+/* Whether change i deletes a device with all that it has: a copy of the same series keeps it. */
+static bool empties(const struct tp_change *changes, size_t n, size_t i)
+{
+	size_t k;
+
+	for (k = 0; k < n; k++)
+		if (changes[k].kind == TP_CHANGE_SNAPSHOT && changes[k].origin == changes[i].id)
+			return false;
+	return changes[i].kind == TP_CHANGE_DELETE;
+}
+
+/* Judge a series, and keep from others what it empties, for that is not undone. */
+static int doom(struct tp_pool *pool, const struct tp_change *changes, size_t n,
+		struct doomed *doomed, size_t *count_ret, struct tp_error *err)
+{
+	size_t i, count = 0;
+	int r = 0;
+
+	for (i = 0; i < n && !r; i++)
+		r = judge(pool, changes, i, err);
+	for (i = 0; i < n && !r; i++)
+		if (changes[i].kind == TP_CHANGE_DELETE)
+			r = tp_pool_check_not_doomed(pool, changes[i].id, err);
+	for (i = 0; i < n && !r; i++) {
+		if (!empties(changes, n, i))
+			continue;
+		doomed[count] = (struct doomed){ .id = changes[i].id, .next = pool->doomed };
+		pool->doomed = &doomed[count++];
+	}
+	*count_ret = count;
+	return r;
+}
+
+static void pardon(struct tp_pool *pool, struct doomed *doomed, size_t count)
+{
+	struct doomed **at;
+
+	pthread_mutex_lock(&pool->md_lock);
+	while (count--) {
+		for (at = &pool->doomed; *at != &doomed[count]; at = &(*at)->next)
+			;
+		*at = doomed[count].next;
+	}
+	pthread_mutex_unlock(&pool->md_lock);
+}
+
+/* TP_E_KEY_NOT_FOUND when it is empty. *done_ret: how many mappings went. */
+static int empty_some(struct tp_pool *pool, struct tp_device *device, uint32_t *done_ret,
+		      struct tp_error *err)
 {
 	uint64_t block = 0, value;
 	uint32_t i;
 	int r = 0;
 
-	for (i = 0; i < EMPTY_STEP && !r; i++) {
-		r = tp_md_next_mapping(pool->md, device, block, &block, &value, err);
-		if (!r && !tp_redo_has_room(pool->redo, 1))
+	for (i = 0; i < EMPTY_STEP; i++) {
+		if (!tp_redo_has_room(pool->redo, 1) || tp_md_has_room(pool->md, true) != 1)
 			break;
+		r = tp_md_next_mapping(pool->md, device, block, &block, &value, err);
 		if (!r)
 			r = tp_md_remove(pool->md, device, block, err);
-		if (!r) {
-			tp_redo_append(pool->redo, TP_REDO_UNMAP, device->id, block, 0);
-			tp_pool_dirtied(pool);
-		}
+		if (r)
+			break;
+		tp_redo_append(pool->redo, TP_REDO_UNMAP, device->id, block, 0);
+		tp_pool_dirtied(pool);
 	}
 	tp_md_trim(pool->md);
+	*done_ret = i;
+	return r;
+}
+
+/* *more_ret: it is not small enough yet to be deleted at once, and *done_ret mappings went. */
+static int empty_step(struct tp_pool *pool, uint32_t id, bool *more_ret, uint32_t *done_ret,
+		      struct tp_error *err)
+{
+	struct tp_device *device;
+	int r = tp_pool_check_writable(pool, err);
+
+	*more_ret = false;
+	if (!r)
+		r = tp_md_get_device(pool->md, id, &device, err);
+	if (r)
+		return r == TP_E_VOLUME_NOT_FOUND ? 0 : r;
+	if (device->mapped_blocks > DELETE_AT_ONCE_MAX ||
+	    !tp_md_has_room_to_delete(pool->md, device)) {
+		r = empty_some(pool, device, done_ret, err);
+		*more_ret = !r;
+		if (r == TP_E_KEY_NOT_FOUND)
+			r = 0;
+		else if (r)
+			r = tp_pool_failed(pool, r);
+	}
+	tp_md_put_device(pool->md, device);
 	return r;
 }
 
 static int empty_device(struct tp_pool *pool, uint32_t id, struct tp_error *err)
 {
-	struct tp_device *device;
+	uint32_t done, in_vain = 0;
 	bool more;
-	int r, c = 0;
+	int r;
 
 	do {
 		pthread_mutex_lock(&pool->md_lock);
-		r = tp_pool_check_writable(pool, err);
-		if (!r)
-			r = tp_md_get_device(pool->md, id, &device, err);
-		if (r) {
-			pthread_mutex_unlock(&pool->md_lock);
-			return r == TP_E_VOLUME_NOT_FOUND ? 0 : r;
-		}
-		more = device->holders == 1 && device->mapped_blocks > DELETE_AT_ONCE_MAX;
-		if (more) {
-			r = empty_some(pool, device, err);
-			if (r && r != TP_E_KEY_NOT_FOUND)
-				tp_pool_failed(pool, r);
-		}
-		c = tp_md_has_room(pool->md, false) != 1 ||
-		    !tp_redo_has_room(pool->redo, EMPTY_STEP);
-		tp_md_put_device(pool->md, device);
+		r = empty_step(pool, id, &more, &done, err);
 		pthread_mutex_unlock(&pool->md_lock);
-		if (!r && more && c)
+		if (r || !more)
+			return r;
+		in_vain = done ? 0 : in_vain + 1;
+		if (in_vain > 2)
+			return tp_fail(err, TP_E_METADATA_SPACE,
+				       "no metadata space to unmap a block of device %u", id);
+		if (done < EMPTY_STEP)
 			r = tp_pool_flush_round(pool, true, err);
-	} while (!r && more);
-	return r == TP_E_KEY_NOT_FOUND ? 0 : r;
+	} while (!r);
+	return r;
 }
 
 /* ---- series ------------------------------------------------------------------------------- */
@@ -235,15 +319,19 @@ static int change_all(struct tp_pool *pool, const struct tp_change *changes, siz
 	if (tp_md_transaction_id(pool->md) != expected)
 		return tp_md_set_transaction_id(pool->md, expected, wanted, err);
 	r = judge_all(pool, changes, n, err);
-	if (r)
+	if (r || (!n && wanted == expected))
 		return r;
+	/* A successor of a process that is killed in here must find the whole series or nothing. */
+	tp_redo_begin_group(pool->redo);
 	for (i = 0; i < n && !r; i++)
 		r = apply_one(pool, &changes[i], err);
 	if (!r)
 		r = tp_md_set_transaction_id(pool->md, expected, wanted, err);
+	if (!r && wanted != expected)
+		tp_redo_append(pool->redo, TP_REDO_TRANSACTION_ID, 0, wanted, 0);
+	tp_redo_end_group(pool->redo, !r);
 	if (r)
 		return tp_pool_failed(pool, r);
-	tp_redo_append(pool->redo, TP_REDO_TRANSACTION_ID, 0, wanted, 0);
 	tp_pool_dirtied(pool);
 	tp_md_trim(pool->md);
 	return 0;
@@ -286,27 +374,38 @@ static int run_series(struct tp_pool *pool, const struct tp_change *changes, siz
 	return r;
 }
 
+static int run_with_deletes(struct tp_pool *pool, const struct tp_change *changes, size_t n,
+			    const uint64_t *expected, uint64_t wanted, bool commit,
+			    struct tp_error *err)
+{
+	struct doomed *doomed = calloc(n ? n : 1, sizeof(*doomed));
+	size_t count = 0, i;
+	int r = 0;
+
+	if (!doomed)
+		return tp_fail(err, TP_E_NO_MEMORY, "no memory for %zu changes", n);
+	pthread_mutex_lock(&pool->md_lock);
+	if (expected && tp_md_transaction_id(pool->md) != *expected)
+		r = tp_md_set_transaction_id(pool->md, *expected, 0, err);
+	if (!r)
+		r = doom(pool, changes, n, doomed, &count, err);
+	pthread_mutex_unlock(&pool->md_lock);
+	for (i = 0; i < n && !r; i++)
+		if (empties(changes, n, i))
+			r = empty_device(pool, changes[i].id, err);
+	if (!r)
+		r = run_series(pool, changes, n, expected, wanted, commit, err);
+	pardon(pool, doomed, count);
+	free(doomed);
+	return r;
+}
+
 int tp_pool_apply(struct tp_pool *pool, const struct tp_change *changes, size_t nr_changes,
 		  uint64_t expected_transaction_id, uint64_t new_transaction_id,
 		  struct tp_error *err)
 {
-	size_t i;
-	int r = 0;
-
-	/* Emptying is not undone when the series is refused: judge it first. */
-	pthread_mutex_lock(&pool->md_lock);
-	if (tp_md_transaction_id(pool->md) != expected_transaction_id)
-		r = tp_md_set_transaction_id(pool->md, expected_transaction_id, 0, err);
-	for (i = 0; i < nr_changes && !r; i++)
-		r = judge(pool, changes, i, err);
-	pthread_mutex_unlock(&pool->md_lock);
-	for (i = 0; i < nr_changes && !r; i++)
-		if (changes[i].kind == TP_CHANGE_DELETE)
-			r = empty_device(pool, changes[i].id, err);
-	if (r)
-		return r;
-	return run_series(pool, changes, nr_changes, &expected_transaction_id, new_transaction_id,
-			  true, err);
+	return run_with_deletes(pool, changes, nr_changes, &expected_transaction_id,
+				new_transaction_id, true, err);
 }
 
 int tp_volume_create(struct tp_pool *pool, uint32_t id, struct tp_error *err)
@@ -326,14 +425,8 @@ int tp_snapshot_create(struct tp_pool *pool, uint32_t id, uint32_t origin_id, st
 int tp_volume_delete(struct tp_pool *pool, uint32_t id, struct tp_error *err)
 {
 	struct tp_change change = { .kind = TP_CHANGE_DELETE, .id = id };
-	int r;
 
-	pthread_mutex_lock(&pool->md_lock);
-	r = judge(pool, &change, 0, err);
-	pthread_mutex_unlock(&pool->md_lock);
-	if (!r)
-		r = empty_device(pool, id, err);
-	return r ? r : run_series(pool, &change, 1, NULL, 0, false, err);
+	return run_with_deletes(pool, &change, 1, NULL, 0, false, err);
 }
 
 int tp_pool_set_transaction_id(struct tp_pool *pool, uint64_t expected, uint64_t wanted,
@@ -430,6 +523,8 @@ int tp_pool_reserve_metadata_snapshot(struct tp_pool *pool, struct tp_error *err
 static int release_snapshot(struct tp_pool *pool, uint64_t argument, struct tp_error *err)
 {
 	(void)argument;
+	if (tp_md_has_room(pool->md, true) != 1)
+		return tp_fail(err, TP_E_METADATA_SPACE, "the metadata's reserve is used up");
 	return tp_md_release_snapshot(pool->md, err);
 }
 

@@ -94,6 +94,8 @@ static int commit(struct tp_pool *pool, struct tp_error *err)
 	changed = !r && tp_md_changed(pool->md);
 	if (changed)
 		r = seal(pool, &transaction, err);
+	else
+		atomic_store(&pool->dirty, 0);
 	pthread_mutex_unlock(&pool->md_lock);
 	if (!r)
 		r = changed ? write_out(pool, err) : flush_data(pool, err);
@@ -193,6 +195,7 @@ static bool take_run(struct tp_pool *pool, uint64_t max, struct tp_run *run_ret)
 			run_ret->length = n;
 			if (tp_data_map_reserve_run(map, run_ret->begin, n))
 				n = 0;
+			pool->punching += n;
 		}
 		last->length -= n ? n : 1;
 		list->blocks -= n ? n : 1;
@@ -227,6 +230,8 @@ int tp_pool_punch_some(struct tp_pool *pool, uint64_t max_blocks, uint64_t *left
 		for (i = run.begin; !r && pool->holes && i < run.begin + run.length; i++)
 			pool->holes[i / 64] |= UINT64_C(1) << (i % 64);
 		tp_data_map_unreserve(tp_md_data_map(pool->md), run.begin, run.length);
+		pool->punching -= run.length;
+		pthread_cond_broadcast(&pool->punched_cond);
 		pthread_mutex_unlock(&pool->md_lock);
 		done += run.length;
 		tp_pool_space_changed(pool);

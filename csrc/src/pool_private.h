@@ -60,6 +60,12 @@ struct tp_volume {
 	bool read_only;
 };
 
+/* On the stack of whoever deletes; under md_lock. Such a volume is neither opened nor copied. */
+struct doomed {
+	uint32_t id;
+	struct doomed *next;
+};
+
 struct flush_rounds {
 	pthread_mutex_t lock;
 	pthread_cond_t cond;
@@ -85,6 +91,9 @@ struct tp_pool {
 	struct tp_volume *volumes;
 	uint64_t *holes;             /* bit a data block: known to read as zeros */
 	struct tp_run_list to_punch; /* freed and committed: host space to be returned */
+	uint64_t punching;           /* free blocks that are kept from allocation meanwhile */
+	pthread_cond_t punched_cond; /* with md_lock: fewer are */
+	struct doomed *doomed;       /* volumes that are being deleted in steps */
 
 	pthread_mutex_t commit_lock;
 	struct flush_rounds flushes;
@@ -164,6 +173,8 @@ void tp_gate_leave(struct tp_volume *volume, uint32_t slot);
 void tp_gate_close(struct tp_volume *volume);
 void tp_gate_open(struct tp_volume *volume);
 struct tp_volume *tp_find_volume(struct tp_pool *pool, uint32_t id);
+/* Under md_lock. TP_E_VOLUME_BUSY when the volume is being deleted. */
+int tp_pool_check_not_doomed(struct tp_pool *pool, uint32_t id, struct tp_error *err);
 
 static inline bool tp_entry_mapped(uint64_t entry)
 {

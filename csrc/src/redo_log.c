@@ -24,6 +24,8 @@ struct header {
 struct tp_redo_log {
 	struct header *header; /* NULL: keeps nothing */
 	struct tp_redo_record *records;
+	bool grouping;
+	uint64_t grouped; /* records behind head that are not visible yet */
 };
 
 int tp_redo_open(void *memory, size_t size, const void *committed_superblock,
@@ -84,7 +86,7 @@ void tp_redo_get(const struct tp_redo_log *log, uint64_t i, struct tp_redo_recor
 
 bool tp_redo_has_room(const struct tp_redo_log *log, uint64_t n)
 {
-	return !log->header || tp_redo_count(log) + n <= log->header->capacity;
+	return !log->header || tp_redo_count(log) + log->grouped + n <= log->header->capacity;
 }
 
 bool tp_redo_half_full(const struct tp_redo_log *log)
@@ -101,10 +103,28 @@ void tp_redo_append(struct tp_redo_log *log, enum tp_redo_kind kind, uint32_t de
 	if (!h)
 		return;
 	TP_ASSERT(tp_redo_has_room(log, 1));
-	head = atomic_load_explicit(&h->head, memory_order_relaxed);
+	head = atomic_load_explicit(&h->head, memory_order_relaxed) + log->grouped;
 	log->records[head % h->capacity] =
 		(struct tp_redo_record){ .kind = kind, .device = device, .a = a, .b = b };
-	atomic_store_explicit(&h->head, head + 1, memory_order_release);
+	if (log->grouping)
+		log->grouped++;
+	else
+		atomic_store_explicit(&h->head, head + 1, memory_order_release);
+}
+
+void tp_redo_begin_group(struct tp_redo_log *log)
+{
+	TP_ASSERT(!log->grouping && !log->grouped);
+	log->grouping = true;
+}
+
+void tp_redo_end_group(struct tp_redo_log *log, bool keep)
+{
+	TP_ASSERT(log->grouping);
+	if (keep && log->header)
+		atomic_fetch_add_explicit(&log->header->head, log->grouped, memory_order_release);
+	log->grouping = false;
+	log->grouped = 0;
 }
 
 void tp_redo_seal(struct tp_redo_log *log, const void *superblock)
@@ -113,7 +133,7 @@ void tp_redo_seal(struct tp_redo_log *log, const void *superblock)
 
 	if (!h)
 		return;
-	TP_ASSERT(!h->sealed);
+	TP_ASSERT(!h->sealed && !log->grouping);
 	memcpy(h->superblock, superblock, TP_MD_BLOCK_SIZE);
 	/* Position 0 means none; an empty log that commits anyway has nothing to forget. */
 	atomic_store_explicit(&h->sealed, h->head, memory_order_release);

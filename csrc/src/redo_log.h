@@ -54,6 +54,10 @@ bool tp_redo_half_full(const struct tp_redo_log *log);
 /* The caller has asked tp_redo_has_room. */
 void tp_redo_append(struct tp_redo_log *log, enum tp_redo_kind kind, uint32_t device, uint64_t a,
 		    uint64_t b);
+/* The records appended between the two become visible together: a successor finds all or none. */
+void tp_redo_begin_group(struct tp_redo_log *log);
+/* Without keep they are forgotten. */
+void tp_redo_end_group(struct tp_redo_log *log, bool keep);
 /* All records so far belong to the transaction that superblock is about to commit. */
 void tp_redo_seal(struct tp_redo_log *log, const void *superblock);
 /* That superblock is durable: its records are no longer needed. */

@@ -256,7 +256,7 @@ int tp_volume_open(struct tp_pool *pool, uint32_t id, uint64_t size, uint32_t re
 	volume = memory;
 	volume->pool = pool;
 	volume->id = id;
-	volume->read_only = read_only;
+	volume->read_only = read_only || pool->options.read_only;
 	atomic_init(&volume->size, size);
 	atomic_init(&volume->table, new_table(size, pool->block_size));
 	if (!atomic_load(&volume->table)) {
@@ -267,6 +267,8 @@ int tp_volume_open(struct tp_pool *pool, uint32_t id, uint64_t size, uint32_t re
 	pthread_mutex_lock(&pool->md_lock);
 	if (tp_find_volume(pool, id))
 		r = tp_fail(err, TP_E_VOLUME_BUSY, "device %u is open already", id);
+	if (!r)
+		r = tp_pool_check_not_doomed(pool, id, err);
 	if (!r)
 		r = tp_md_get_device(pool->md, id, &volume->device, err);
 	if (!r) {

@@ -54,6 +54,10 @@ int tp_data_map_count(struct tp_data_map *map, uint64_t block, uint32_t *count_r
 
 uint64_t tp_data_map_nr_blocks(const struct tp_data_map *map);
 uint64_t tp_data_map_nr_used(const struct tp_data_map *map); /* count >= 1 */
+/* What bounds the metadata blocks that changes of counts need: entries of the overflow tree,
+ * bitmaps. */
+uint64_t tp_data_map_nr_overflow(const struct tp_data_map *map);
+uint64_t tp_data_map_nr_bitmaps(const struct tp_data_map *map);
 uint64_t tp_data_map_nr_allocatable(const struct tp_data_map *map);
 uint64_t tp_data_map_nr_waiting(const struct tp_data_map *map); /* freed, not yet durable */
 int tp_data_map_next_free_run(const struct tp_data_map *map, uint64_t begin, uint64_t *begin_ret,

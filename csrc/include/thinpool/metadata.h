@@ -60,6 +60,7 @@ uint64_t tp_md_transaction_id(const struct tp_metadata *md);
 uint64_t tp_md_nr_devices(const struct tp_metadata *md);
 uint64_t tp_md_held_root(const struct tp_metadata *md);
 bool tp_md_needs_check(const struct tp_metadata *md);
+/* Something in the superblock forbids to write. */
 bool tp_md_read_only_features(const struct tp_metadata *md);
 struct tp_data_map *tp_md_data_map(struct tp_metadata *md);
 uint64_t tp_md_nr_blocks(const struct tp_metadata *md);
@@ -68,6 +69,8 @@ uint64_t tp_md_reserve(const struct tp_metadata *md);
 /* Room for one change: 1 now, 0 no, -1 after a commit. What frees space may use the reserve, of
  * which a little stays for the commit itself. */
 int tp_md_has_room(const struct tp_metadata *md, bool into_reserve);
+/* Enough to delete a device in one transaction. */
+bool tp_md_has_room_to_delete(const struct tp_metadata *md, const struct tp_device *device);
 /* The open transaction's number, and whether it holds anything. */
 uint64_t tp_md_transaction(const struct tp_metadata *md);
 bool tp_md_changed(const struct tp_metadata *md);
@@ -86,6 +89,8 @@ void tp_md_put_device(struct tp_metadata *md, struct tp_device *device);
 /* The first device with an id >= id: TP_E_KEY_NOT_FOUND when there is none. */
 int tp_md_next_device(struct tp_metadata *md, uint32_t id, struct tp_volume_info *info_ret,
 		      struct tp_error *err);
+/* TP_E_VOLUME_EXISTS, TP_E_LIMIT. */
+int tp_md_check_new_id(struct tp_metadata *md, uint32_t id, struct tp_error *err);
 /* TP_E_VOLUME_EXISTS, TP_E_LIMIT: nothing changed. */
 int tp_md_create_device(struct tp_metadata *md, uint32_t id, struct tp_error *err);
 /* TP_E_VOLUME_EXISTS, TP_E_VOLUME_NOT_FOUND, TP_E_LIMIT: nothing changed. */
