@@ -446,6 +446,14 @@ int tp_btree_own_path(const struct tp_btree *tree, uint64_t *root, uint64_t key,
 	return r;
 }
 
+/* Below the first separator: the first child, as for a lookup. */
+static int child_for(const struct tp_disk_node *n, uint64_t key)
+{
+	int i = tp_node_find(n, key);
+
+	return i < 0 ? 0 : i;
+}
+
 /* ---- remove ------------------------------------------------------------------------------ */
 
 /*
@@ -534,15 +542,13 @@ int tp_btree_remove(const struct tp_btree *tree, uint64_t *root, uint64_t key, v
 			return tp_fail_block(err, TP_E_NODE_MALFORMED, *root, (uint64_t)depth,
 					     TP_BTREE_DEPTH_MAX, "the tree at %lu is too deep",
 					     (unsigned long)*root);
-		i = tp_node_find(n, key);
-		TP_ASSERT(i >= 0);
+		i = child_for(n, key);
 		r = shadow_child(tree, n, (uint32_t)i, &block, &child, err);
 		if (!r && nr_entries(child) <= max_entries(child) / 3 && nr_entries(n) > 1) {
 			r = refill(tree, n, (uint32_t)i, err);
 			if (r)
 				return r;
-			i = tp_node_find(n, key);
-			TP_ASSERT(i >= 0);
+			i = child_for(n, key);
 			r = shadow_child(tree, n, (uint32_t)i, &block, &child, err);
 		}
 		n = child;
@@ -550,7 +556,11 @@ int tp_btree_remove(const struct tp_btree *tree, uint64_t *root, uint64_t key, v
 	if (r)
 		return r;
 	i = tp_node_find(n, key);
-	TP_ASSERT(i >= 0 && key_at(n, (uint32_t)i) == key);
+	/* It was there: only neighbours whose keys overlap can have hidden it. */
+	if (i < 0 || key_at(n, (uint32_t)i) != key)
+		return tp_fail_block(err, TP_E_NODE_MALFORMED, tp_le64_get(n->header.blocknr), key,
+				     key, "key %lu is lost between nodes that overlap",
+				     (unsigned long)key);
 	if (value_ret)
 		memcpy(value_ret, tp_node_value(n, (uint32_t)i), tree->value_size);
 	remove_at(n, (uint32_t)i);

@@ -17,6 +17,7 @@ struct tp_tm {
 	uint64_t nr_blocks;
 	uint64_t nr_used;
 	uint32_t *counts;
+	bool counted;                        /* counts are known */
 	uint64_t *fresh;                     /* bit a block: allocated in the open transaction */
 	uint64_t *queued;                    /* bit a block: stands in overflow_changed */
 	struct number_list overflow_changed; /* counts that the overflow tree may have wrong */
@@ -181,7 +182,14 @@ int tp_tm_read(struct tp_tm *tm, uint64_t block, enum tp_block_kind kind, const 
 {
 	int r = check_block(tm, block, err);
 
-	return r ? r : tp_bm_read(tm->bm, block, kind, data_ret, err);
+	if (r)
+		return r;
+	/* It could be handed out under its reader, even as the place of its own copy. */
+	if (tm->counted && !tm->counts[block])
+		return tp_fail_block(err, TP_E_SPACE_MAP_MALFORMED, block, 0, 1,
+				     "metadata block %lu is in use and counted as free",
+				     (unsigned long)block);
+	return tp_bm_read(tm->bm, block, kind, data_ret, err);
 }
 
 int tp_tm_new(struct tp_tm *tm, enum tp_block_kind kind, uint64_t *block_ret, void **data_ret,
@@ -276,6 +284,7 @@ int tp_tm_create(struct tp_block_manager *bm, uint64_t nr_blocks, struct tp_tm *
 		r = tp_allocator_take(tm->allocator, TP_SUPERBLOCK_LOCATION, 1);
 	if (!r)
 		r = set_count(tm, TP_SUPERBLOCK_LOCATION, 1, err);
+	tm->counted = true;
 	if (!r) {
 		tree = overflow_tree(tm);
 		r = tp_btree_empty(&tree, &tm->overflow_root, err);
@@ -380,6 +389,7 @@ int tp_tm_open(struct tp_block_manager *bm, const struct tp_disk_space_map_root 
 	}
 	for (i = 0; i < nr_bitmaps(tm) && !r; i++)
 		r = load_bitmap(tm, i, err);
+	tm->counted = true;
 	if (!r)
 		r = load_overflow(tm, err);
 	if (r) {
