@@ -19,7 +19,8 @@
 
 #define COPY_BYTES      (UINT32_C(1) << 20)
 #define IO_BUFFER_ALIGN 4096u
-#define RUN_MAX         32u /* blocks written or unmapped in one turn */
+#define RUN_MAX         32u  /* blocks written or unmapped in one turn */
+#define NEXT_DATA_TURN  512u /* blocks looked at in one turn */
 
 struct span { /* a part of one volume block */
 	uint64_t block;
@@ -790,6 +791,12 @@ int tp_volume_next_data(struct tp_volume *volume, uint64_t offset, uint64_t *beg
 		next = block;
 		while (!r && next == block && block * pool->block_size < size) {
 			block++;
+			/* A stretch may be long, and others want their turn. */
+			if (block % NEXT_DATA_TURN == 0) {
+				tp_md_trim(pool->md);
+				pthread_mutex_unlock(&pool->md_lock);
+				pthread_mutex_lock(&pool->md_lock);
+			}
 			r = tp_md_next_mapping(pool->md, volume->device, block, &next, &value, err);
 		}
 		*end_ret = block * pool->block_size < size ? block * pool->block_size : size;
