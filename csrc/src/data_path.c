@@ -365,9 +365,9 @@ static bool is_aligned(const struct tp_pool *pool, struct span s)
 	return !((s.within | s.length) % pool->io_align);
 }
 
-/* One attempt; the gate is entered. */
+/* One attempt; the gate is entered. *took_ret: it took a new data block. */
 static int write_span_once(struct tp_volume *volume, struct span s, const uint8_t *data,
-			   struct tp_error *err)
+			   bool *took_ret, struct tp_error *err)
 {
 	struct tp_pool *pool = volume->pool;
 	uint32_t lock = tp_block_lock_index(volume->id, s.block);
@@ -396,6 +396,7 @@ static int write_span_once(struct tp_volume *volume, struct span s, const uint8_
 			r = overwrite_unaligned(pool, base, s, data, err);
 	} else if (!r) {
 		r = provision(volume, s, data, entry, err);
+		*took_ret = !r;
 	}
 	tp_block_unlock_exclusive(pool->locks, lock);
 	return r;
@@ -407,12 +408,14 @@ static int write_span(struct tp_volume *volume, struct span s, const uint8_t *da
 	struct tp_pool *pool = volume->pool;
 	struct tp_error e;
 	uint32_t slot;
+	bool took, was_full = false;
 	int r;
 
 	for (;;) {
 		tp_error_clear(&e);
+		took = false;
 		slot = tp_gate_enter(volume);
-		r = write_span_once(volume, s, data, &e);
+		r = write_span_once(volume, s, data, &took, &e);
 		tp_gate_leave(volume, slot);
 		if (r == NEEDS_COMMIT) {
 			r = tp_pool_flush_round(pool, true, &e);
@@ -426,17 +429,23 @@ static int write_span(struct tp_volume *volume, struct span s, const uint8_t *da
 			r = tp_fail(&e, TP_E_DATA_SPACE,
 				    "the filesystem that holds the pool's "
 				    "data is full");
-		} else if (!r && atomic_load_explicit(&pool->host_full, memory_order_relaxed)) {
+			was_full = true;
+		} else if (!r && (took || was_full) &&
+			   atomic_load_explicit(&pool->host_full, memory_order_relaxed)) {
+			/* Any other write in place says nothing of the host's space. */
 			atomic_store(&pool->host_full, 0);
 			if (atomic_load(&pool->mode) == TP_MODE_OUT_OF_DATA_SPACE)
 				tp_pool_set_mode(pool, TP_MODE_RW);
 			tp_pool_space_changed(pool);
 		}
 		/* Nothing is held while waiting: snapshots and deletes go on. */
-		if (r == TP_E_DATA_SPACE && !tp_pool_wait_for_space(pool, &e))
+		if (r == TP_E_DATA_SPACE)
+			r = tp_pool_wait_for_space(pool, &e);
+		else if (!r)
+			return 0;
+		if (!r)
 			continue;
-		if (r)
-			copy_error(err, &e);
+		copy_error(err, &e);
 		return r;
 	}
 }

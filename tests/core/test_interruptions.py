@@ -23,7 +23,14 @@ from thinpool.engine import (
     PoolOptions,
     format_pool,
 )
-from thinpool.errors import BusyError, MetadataSpaceError, NotFoundError, StorageIOError
+from thinpool.engine.bdev import FOR_EVER
+from thinpool.errors import (
+    BusyError,
+    DataSpaceError,
+    MetadataSpaceError,
+    NotFoundError,
+    StorageIOError,
+)
 from thinpool.model import VolumeId
 
 if TYPE_CHECKING:
@@ -291,3 +298,27 @@ def test_clearing_needs_check_brings_back_the_commits_that_nobody_asks_for(
         pool.clear_needs_check()
         write_blocks(pool, 1, range(1))
         until(lambda: not pool.status().dirty)
+
+
+def test_writes_in_place_do_not_put_off_the_end_of_waiting_for_the_host(stack: ExitStack) -> None:
+    """INV-17: they succeed on a host that is full, and say nothing of its space."""
+    metadata, data = devices(stack)
+    options = PoolOptions(commit_interval_ms=0, no_space_timeout_ms=300)
+    with Pool.open(metadata, data, options) as pool:
+        pool.create_volume(VolumeId(1))
+        with pool.open_volume(VolumeId(1), size=8 * BLOCK) as volume, ExitStack() as each:
+            threads = executor(each, data)
+            volume.write(0, b"a" * BLOCK)
+            data.add(FaultKind.ERROR, FaultOp.WRITE, begin=BLOCK, host_errno=28, count=FOR_EVER)
+            each.callback(pool.set_when_full, error=True, timeout_ms=1)
+            waiting = threads.submit(volume.write, BLOCK, b"b" * BLOCK)
+            until(lambda: pool.status().mode is PoolMode.OUT_OF_DATA_SPACE)
+            end = time.monotonic() + 3
+            while time.monotonic() < end and not waiting.done():
+                volume.write(0, b"c" * SECTOR)
+                assert pool.status().mode is PoolMode.OUT_OF_DATA_SPACE
+            with pytest.raises(DataSpaceError):
+                waiting.result(0)
+            data.clear()
+            volume.write(BLOCK, b"d" * BLOCK)
+            assert pool.status().mode is PoolMode.RW
