@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from thinpool import errors
 from thinpool.host import filesystems, mounts
 from thinpool.host.signatures import data_ranges
-from thinpool.model import Activation, PoolStatus, Volume
+from thinpool.model import Activation, Delta, PoolStatus, Volume
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -98,6 +98,11 @@ class Workbench:
         """Give them their names, all or none."""
         arguments = {"items": [item.to_json() for item in items], "lease": self._lease.id}
         return [Volume.from_json(each) for each in self._client.call("publish", arguments)]
+
+    def delta(self, left: Volume, right: Volume) -> Delta:
+        """Where two volumes do not share their blocks."""
+        arguments = {"left": left.name, "right": right.name, "lease": self._lease.id}
+        return Delta.from_json(self._client.call("delta", arguments))
 
     # ---- using ------------------------------------------------------------------------------
 

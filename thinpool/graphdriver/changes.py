@@ -2,20 +2,24 @@
 
 Both sides are hidden snapshots, mounted read-only where nobody sees them and gone afterwards: so a
 layer that is mounted and written to is seen as it was at one instant, and a comparison never holds
-up a Get, a Put or a Remove.
+up a Get, a Put or a Remove. On ext4 only that is looked at which the block delta leads to;
+elsewhere both trees are walked.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import stat
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from thinpool import errors
 from thinpool.api.images import still
 from thinpool.api.workbench import Workbench
 from thinpool.graphdriver.layers import PARENT
+from thinpool.host.ext4 import leading_inodes
 from thinpool.oci.diff import iter_changes, iter_layer
 from thinpool.oci.export import iter_tar
 from thinpool.oci.tar import text
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 
     from thinpool.graphdriver.layers import Layers
     from thinpool.model import Volume
+    from thinpool.oci.diff import Change
 
 _DEPTH_MAX: Final = 1 << 16
 _NS: Final = 1_000_000_000
@@ -34,11 +39,30 @@ _KINDS: Final = {"modified": 0, "added": 1, "deleted": 2}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sides:
-    """The roots of two trees, and when they parted in nanoseconds since 1970, or earlier."""
+    """Two trees.
+
+    Attributes:
+        before: descriptor of the root.
+        after: likewise.
+        parted_ns: when they parted, in nanoseconds since 1970, or earlier.
+        within: inodes that may differ or lead there, where known; see ``iter_changes``.
+    """
 
     before: int
     after: int
     parted_ns: int
+    within: frozenset[int] | None
+
+    def changes(self, *, parents: bool) -> Iterator[Change]:
+        """What differs."""
+        return iter_changes(
+            self.before,
+            self.after,
+            related=True,
+            parted_ns=self.parted_ns,
+            parents=parents,
+            within=self.within,
+        )
 
 
 @contextlib.contextmanager
@@ -49,11 +73,14 @@ def _sides(layers: Layers, layer: str, parent: str | None) -> Iterator[_Sides]:
     parted = _parted_ns(layers, after, before, parent)
     client = layers.client
     with Workbench(client) as bench, contextlib.ExitStack() as stack:
-        roots = []
-        for each in (before, after):
-            volume = stack.enter_context(still(client, bench, each.name))
-            roots.append(stack.enter_context(bench.mounted(volume, read_only=True)))
-        yield _Sides(before=roots[0], after=roots[1], parted_ns=parted)
+        sides = [stack.enter_context(still(client, bench, each.name)) for each in (before, after)]
+        roots = [stack.enter_context(bench.mounted(each, read_only=True)) for each in sides]
+        yield _Sides(
+            before=roots[0],
+            after=roots[1],
+            parted_ns=parted,
+            within=_within(bench, sides, roots),
+        )
 
 
 def _parted_ns(layers: Layers, after: Volume, before: Volume, parent: str | None) -> int:
@@ -72,6 +99,26 @@ def _parted_ns(layers: Layers, after: Volume, before: Volume, parent: str | None
     return int(min(before.created, layers.base().created).timestamp()) * _NS
 
 
+def _within(bench: Workbench, sides: list[Volume], roots: list[int]) -> frozenset[int] | None:
+    """Inodes that may differ or lead there, from the block delta; None where it does not tell."""
+    if any(each.filesystem != "ext4" for each in sides):
+        return None
+    delta = bench.delta(*sides)
+    ranges = [(each.begin, each.begin + each.length) for each in delta.ranges]
+    with contextlib.ExitStack() as stack:
+        devices = []
+        for root in roots:
+            devices.append(_open_device(os.fstat(root).st_dev))
+            stack.callback(os.close, devices[-1])
+        return leading_inodes(devices[0], devices[1], ranges)
+
+
+def _open_device(number: int) -> int:
+    """A descriptor of the block device of a number."""
+    node = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve().name
+    return os.open(f"/dev/{node}", os.O_RDONLY | os.O_CLOEXEC)
+
+
 def changes(layers: Layers, layer: str, parent: str | None) -> list[dict[str, Any]]:
     """What differs, as Docker lists it: modified directories on the way to a change too.
 
@@ -80,7 +127,12 @@ def changes(layers: Layers, layer: str, parent: str | None) -> list[dict[str, An
     """
     with _sides(layers, layer, parent) as sides:
         found = iter_changes(
-            sides.before, sides.after, related=True, parted_ns=sides.parted_ns, parents=True
+            sides.before,
+            sides.after,
+            related=True,
+            parted_ns=sides.parted_ns,
+            within=sides.within,
+            parents=True,
         )
         return [
             {"Path": "/" + text(each.path), "Kind": _KINDS[each.kind]}
@@ -96,7 +148,9 @@ def diff_size(layers: Layers, layer: str, parent: str | None) -> int:
         NotFoundError: there is no such layer.
     """
     with _sides(layers, layer, parent) as sides:
-        found = iter_changes(sides.before, sides.after, related=True, parted_ns=sides.parted_ns)
+        found = iter_changes(
+            sides.before, sides.after, related=True, parted_ns=sides.parted_ns, within=sides.within
+        )
         return sum(
             each.size for each in found if each.kind != "deleted" and stat.S_ISREG(each.type)
         )
@@ -114,7 +168,11 @@ def diff(layers: Layers, layer: str, parent: str | None) -> Iterator[bytes]:
             yield from iter_tar(sides.after)
         else:
             yield from iter_layer(
-                sides.before, sides.after, related=True, parted_ns=sides.parted_ns
+                sides.before,
+                sides.after,
+                related=True,
+                parted_ns=sides.parted_ns,
+                within=sides.within,
             )
 
 

@@ -31,7 +31,7 @@ from thinpool.oci.extract import WHITEOUT
 from thinpool.oci.streams import CHUNK
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Container, Iterator
 
 Kind: TypeAlias = Literal["added", "modified", "deleted"]
 
@@ -65,6 +65,7 @@ def iter_changes(
     related: bool = False,
     parted_ns: int | None = None,
     parents: bool = False,
+    within: Container[int] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Change]:
     """What changed from one tree to the other, names in byte order, a directory before its entries.
@@ -76,6 +77,9 @@ def iter_changes(
         parted_ns: when they parted, in nanoseconds since 1970, not later than the snapshot.
         parents: name as modified also the directories in which something changed, up to but
             without the root; Docker lists them.
+        within: the inode numbers of all that may differ and of the directories that lead there,
+            where the caller knows them: what both trees have under one name and number that is not
+            among them is passed over.
         progress: called with the number of entries looked at since the last call.
 
     Raises:
@@ -87,6 +91,7 @@ def iter_changes(
         related=related,
         parted_ns=parted_ns,
         parents=parents,
+        within=within,
         progress=progress,
     )
     try:
@@ -102,6 +107,7 @@ def iter_layer(
     *,
     related: bool = False,
     parted_ns: int | None = None,
+    within: Container[int] | None = None,
     note: Callable[[str], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[bytes]:
@@ -116,6 +122,7 @@ def iter_layer(
         after_fd: of the second.
         related: see :func:`iter_changes`.
         parted_ns: likewise.
+        within: likewise.
         note: told what is left out, a line each.
         progress: told the bytes of file data read.
 
@@ -124,7 +131,13 @@ def iter_layer(
     """
     writer = TarWriter(note=note, progress=progress)
     walk = _Comparison(
-        before_fd, after_fd, related=related, parted_ns=parted_ns, parents=True, progress=None
+        before_fd,
+        after_fd,
+        related=related,
+        parted_ns=parted_ns,
+        parents=True,
+        within=within,
+        progress=None,
     )
     try:
         for change, entry in walk.run():
@@ -177,8 +190,10 @@ class _Comparison:
         related: bool,
         parted_ns: int | None,
         parents: bool,
+        within: Container[int] | None,
         progress: Callable[[int], None] | None,
     ) -> None:
+        self._within = within
         self._roots = (before_fd, after_fd)
         self._related = related
         self._parted_ns = parted_ns
@@ -221,10 +236,21 @@ class _Comparison:
     def _push(
         self, path: bytes, inodes: tuple[int, int], status: os.stat_result, *, named: bool
     ) -> None:
-        names = {os.fsencode(name) for fd in self._fds for name in os.listdir(fd)}  # noqa: PTH208 (a descriptor)
+        names = self._names()
         if self._progress is not None:
             self._progress(len(names))
         self._stack.append(_Frame(path, inodes, sorted(names, reverse=True), status, named=named))
+
+    def _names(self) -> set[bytes]:
+        """The names of the two directories that are to be looked at."""
+        if self._within is None:
+            return {os.fsencode(name) for fd in self._fds for name in os.listdir(fd)}  # noqa: PTH208 (a descriptor)
+        before, after = (_numbers(fd) for fd in self._fds)
+        return {
+            os.fsencode(name)
+            for name in before.keys() | after.keys()
+            if before.get(name) != after.get(name) or after[name] in self._within
+        }
 
     def _entry(self, frame: _Frame, name: bytes) -> Iterator[_Found]:
         path = frame.path + b"/" + name if frame.path else name
@@ -378,6 +404,12 @@ def _equal_content(first: int, second: int) -> bool:
         if not data:
             return True
         offset += len(data)
+
+
+def _numbers(fd: int) -> dict[str, int]:
+    """The inode number of each name in a directory."""
+    with os.scandir(fd) as found:
+        return {entry.name: entry.inode() for entry in found}
 
 
 def _status(fd: int, name: bytes) -> os.stat_result | None:

@@ -236,7 +236,8 @@ def _doctor(service: PoolService, _: Arguments, __: Caller) -> list[Json]:
 
 
 def _delta(service: PoolService, given: Arguments, _: Caller) -> Json:
-    return care.delta(service, given.text("left"), given.text("right")).to_json()
+    left, right, lease = given.text("left"), given.text("right"), given.optional_text("lease")
+    return care.delta(service, left, right, lease=lease).to_json()
 
 
 def _close_lease(service: PoolService, given: Arguments, _: Caller) -> Json:

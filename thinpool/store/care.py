@@ -38,9 +38,9 @@ def freed(service: PoolCore, ids: Sequence[VolumeId]) -> int:
     return blocks * service.config.block_size
 
 
-def delta(service: PoolCore, left: str, right: str) -> Delta:
+def delta(service: PoolCore, left: str, right: str, *, lease: str | None = None) -> Delta:
     """Where two volumes do not share their blocks."""
-    first, second = service.ids(left, right)
+    first, second = service.ids(left, right, lease=lease)
     block = service.config.block_size
     with service.stable_metadata() as snapshot:
         ranges = tuple(

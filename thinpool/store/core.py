@@ -473,9 +473,9 @@ class PoolCore:
                 self._pool.release_metadata_snapshot()
             self._catalogue.put(HELD_KEY, "0")
 
-    def ids(self, *names: str) -> list[VolumeId]:
-        """The ids of volumes that are there."""
-        return [self._present(name).id for name in names]
+    def ids(self, *names: str, lease: str | None = None) -> list[VolumeId]:
+        """The ids of volumes that are there, or built under a lease."""
+        return [self._present(name, lease=lease).id for name in names]
 
     @property
     def metadata_device(self) -> BlockDevice:
