@@ -39,14 +39,15 @@ def opened(stack: ExitStack, image: Image) -> Pool:
     return pool
 
 
-def try_all(pool: Pool, id_: int) -> None:
+def try_all(pool: Pool, id_: int, *, writes: bool) -> None:
     """Read, write, copy, discard and delete one device, whatever each of these says."""
     with suppress(ThinpoolError), pool.open_volume(VolumeId(id_), size=SIZE) as volume:
         for block in range(0, 1200, 7):
             with suppress(ThinpoolError):
                 volume.read(block * BLOCK, SECTOR)
-            with suppress(ThinpoolError):
-                volume.write(block * BLOCK, b"w" * SECTOR)
+            if writes:
+                with suppress(ThinpoolError):
+                    volume.write(block * BLOCK, b"w" * SECTOR)
         with suppress(ThinpoolError):
             pool.create_snapshot(VolumeId(1000 + id_), origin=VolumeId(id_))
         for block in range(1200):
@@ -60,13 +61,16 @@ def try_all(pool: Pool, id_: int) -> None:
         pool.commit()
 
 
+@pytest.mark.parametrize("writes", [True, False], ids=["write", "discard"])
 @pytest.mark.parametrize("name", sorted(DEFECTS))
-def test_no_defect_of_the_metadata_ends_the_process(stack: ExitStack, name: str) -> None:
+def test_no_defect_of_the_metadata_ends_the_process(
+    stack: ExitStack, name: str, *, writes: bool
+) -> None:
     """INV-16: also when it is written to as if nothing were wrong."""
     with suppress(ThinpoolError):
         pool = opened(stack, DEFECTS[name].make())
         for id_ in (1, 2):
-            try_all(pool, id_)
+            try_all(pool, id_, writes=writes)
         with suppress(ThinpoolError):
             pool.release_metadata_snapshot()
         assert pool.status().mode in (PoolMode.RW, PoolMode.RO)
