@@ -34,7 +34,8 @@ def test_an_attached_device_is_what_was_asked_for(sparse):
         assert (queue / "logical_block_size").read_text().strip() == "512"
     finally:
         assert loop.detach(device)
-    assert loop.describe_number(device.number) is None
+    now = loop.describe_number(device.number)
+    assert now is None or now.backing_file != device.backing_file  # another's already
 
 
 def test_what_is_written_to_the_device_is_in_the_file(sparse):
