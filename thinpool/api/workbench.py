@@ -219,8 +219,9 @@ class Workbench:
         found = filesystems.parse_superblock(head, volume.filesystem)
         if found is None:
             return False
-        if found.needs_recovery is None:  # it does not say: how the snapshot was taken does
-            return volume.consistency == "crash"
+        if found.needs_recovery is None:
+            # xfs does not say; how the snapshot was taken does. A freeze leaves its log dirty too.
+            return volume.consistency != "quiescent"
         return found.needs_recovery
 
     def grow_filesystem(self, volume: Volume) -> None:

@@ -195,7 +195,9 @@ class Plugin:
         return {"Exists": await self._run(self._layers.exists, fields.id())}
 
     async def _cleanup(self, _: Fields) -> Answer:
-        await self._run(self._layers.cleanup)
+        for layer in await self._run(self._layers.unheld):  # those with a Get are live-restore's
+            await self._locked(layer, self._layers.leave_unheld, layer)
+        await self._run(self._layers.tidy)
         return {}
 
     async def _changes(self, fields: Fields) -> Answer:

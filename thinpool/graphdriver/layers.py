@@ -103,9 +103,8 @@ class Layers:
             if layer not in mounted:
                 logger.info("layer %s is not mounted any more", layer)
                 self._state.forget(layer)
-        for layer in mounted:
-            if not self._state.count(layer):
-                self._leave(layer)
+        for layer in self.unheld():
+            self._leave(layer)
         for each in self.all():
             if each.device is not None and each.name not in mounted:
                 self._idle.add(each.name)
@@ -128,14 +127,18 @@ class Layers:
 
     def tidy(self) -> None:
         """Take down devices and remove layers that were in use when they should have gone."""
-        with self._tidying:
-            for layer in sorted(self._idle):
-                if self._state.count(layer) or self._deactivate(layer):
+        for layer in self._waiting():
+            with self._tidying:  # a Get waits for this one device at most
+                if layer in self._idle and (self._state.count(layer) or self._deactivate(layer)):
                     self._idle.discard(layer)
-            for name in self._state.trash():
-                with contextlib.suppress(errors.BusyError):
-                    self._remove_volume(name)
-                    self._state.end_removal(name)
+        for name in self._state.trash():
+            with contextlib.suppress(errors.BusyError):
+                self._remove_volume(name)
+                self._state.end_removal(name)
+
+    def _waiting(self) -> list[str]:
+        with self._tidying:
+            return sorted(self._idle)
 
     # ---- looking ----------------------------------------------------------------------------
 
@@ -408,12 +411,14 @@ class Layers:
             return False
         return True
 
-    def cleanup(self) -> None:
-        """Unmount what nobody holds, and try what had to wait: dockerd ends."""
-        for layer in self._places.layers():
-            if not self._state.count(layer):
-                self._leave(layer)
-        self.tidy()
+    def unheld(self) -> list[str]:
+        """Layers that are mounted and that nobody has got."""
+        return [layer for layer in self._places.layers() if not self._state.count(layer)]
+
+    def leave_unheld(self, layer: str) -> None:
+        """Unmount a layer unless somebody has got it meanwhile."""
+        if not self._state.count(layer):
+            self._leave(layer)
 
     @contextlib.contextmanager
     def reached(self, found: Volume) -> Iterator[int]:
