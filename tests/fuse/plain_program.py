@@ -34,6 +34,9 @@ class Commands:
     def snapshot(self, id: int, origin: int) -> None:  # noqa: A002
         self._apply(Change(kind=ChangeKind.SNAPSHOT, id=VolumeId(id), origin=VolumeId(origin)))
 
+    def delete(self, id: int) -> None:  # noqa: A002
+        self._apply(Change(kind=ChangeKind.DELETE, id=VolumeId(id)))
+
     def add(self, id: int, **options: Any) -> str:  # noqa: A002
         return str(self.context.served.add(VolumeId(id), **options))
 

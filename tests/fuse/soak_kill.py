@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 VOLUME_SIZE = 512 * MIB
+SNAPSHOTS_KEPT = 4
+FILES_MAX = 100
 MAKE = {"ext4": ["mkfs.ext4", "-q"], "xfs": ["mkfs.xfs", "-q", "-K"]}
 CHECK = {"ext4": ["e2fsck", "-fn"], "xfs": ["xfs_repair", "-n"]}
 
@@ -67,7 +69,7 @@ class Files:
 
     def step(self) -> None:
         what = self._rng.random()
-        if what < 0.5 or len(self._digests) < 5:
+        if len(self._digests) < 5 or (what < 0.5 and len(self._digests) < FILES_MAX):
             self._write()
         elif what < 0.7:
             self._verify(self._rng.choice(list(self._digests)))
@@ -169,6 +171,9 @@ class Work:
             with contextlib.suppress(RuntimeError):  # done by a worker that died before it said so
                 origin = 1 + number % len(self._places)
                 self._server.ask("snapshot", id=number, origin=origin)
+            with contextlib.suppress(RuntimeError):  # likewise, or never made
+                # Nothing is to run full here, however long it takes.
+                self._server.ask("delete", id=number - SNAPSHOTS_KEPT)
             number += 1
             self._outcome.snapshots += 1
             for place in self._places:
