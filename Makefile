@@ -70,10 +70,11 @@ docs-check:
 	$(PYTHON) tools/gen_format_doc.py --check
 	$(PYTHON) tools/gen_man.py --check
 
-bench: ## minutes; as root, with fio, for the second
+bench: ## minutes; as root, with fio, for the second and third
 	$(PYTHON) tools/bench_allocator.py
 	mkdir -p $(BUILD)
 	$(PYTHON) tools/bench_fuse.py --directory $(BUILD)
+	$(PYTHON) tools/bench_edit.py --root $(BUILD)/bench-edit
 
 soak: ## hours: random models and crash images, far beyond what the suite does
 	THINPOOL_PROFILE=soak THINPOOL_CRASH_SEEDS=$${THINPOOL_CRASH_SEEDS:-200} \
