@@ -133,6 +133,7 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "fuse": _fuse,
     "loop": _loop,
     "overlay": _overlay,
+    "registry": lambda: _programs("docker-registry"),
     "root": _root,
     "skopeo": lambda: _programs("skopeo"),
     "sparse": _punch,

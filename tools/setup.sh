@@ -2,6 +2,7 @@
 #
 # setup_missing PACKAGE...    prints those that are not installed
 # setup_packages PACKAGE...   installs them (root), or says how
+# setup_daemon PACKAGE...     the same, but starts no service, removes nothing, and may fail
 # setup_python EXTRA          .venv with thinpool in it; EXTRA is "" or "[dev]"
 #
 # Everything that is not a Debian package stays inside this checkout (.venv, build). All of it may
@@ -38,7 +39,24 @@ setup_packages() {
 	export DEBIAN_FRONTEND
 	apt-get update -q || echo "some package lists could not be fetched; going on with what there is"
 	# shellcheck disable=SC2086 # a list
-	apt-get install -q -y --no-install-recommends $missing
+	apt-get install -q -y --no-install-recommends ${SETUP_APT-} $missing
+}
+
+# Packages that bring services with them: the tests start their own. Somebody's docker-ce stays.
+setup_daemon() {
+	policy=/usr/sbin/policy-rc.d
+	[ "$(id -u)" = 0 ] && [ -d "${policy%/*}" ] && [ ! -e "$policy" ] || policy=
+	if [ -n "$policy" ]; then
+		printf '#!/bin/sh\nexit 101\n' >"$policy"
+		chmod 755 "$policy"
+		trap 'rm -f "$policy"' EXIT
+	fi
+	(SETUP_APT=--no-remove && setup_packages "$@") ||
+		echo "could not be installed: $*; tests that need them are skipped"
+	if [ -n "$policy" ]; then
+		rm -f "$policy"
+		trap - EXIT
+	fi
 }
 
 # A Python of 3.11 or later that has venv, pip and headers: python3-dev serves Debian's own only.

@@ -178,10 +178,9 @@ def test_fifty_containers_at_once(docker):
     eventually(lambda: docker.driver.status()["Deferred Deleted Device Count"] == "0")
 
 
-def test_push_and_pull(docker, tmp_path):
+def test_push_and_pull(docker, require, tmp_path):
+    require("registry")
     registry = shutil.which("docker-registry")
-    if registry is None:
-        pytest.skip("no docker-registry on this host")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
