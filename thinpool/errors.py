@@ -197,6 +197,15 @@ class TimeoutError_(BusyError):  # noqa: N801, N818 - the builtin has the bare n
     kind = "timeout"
 
 
+class DeviceMapperError(ThinpoolError):
+    """The kernel's device-mapper refused: ``command`` (the ioctl), ``device``, ``errno``, ``log``.
+
+    Refusals with a better name (busy, not found, …) have that type, and these attributes too.
+    """
+
+    kind = "device_mapper"
+
+
 class ServerError(ThinpoolError):
     """The pool's server could not be started or broke off."""
 

@@ -30,6 +30,7 @@ LAYERS: dict[str, set[str]] = {
     "thinpool.check": BASE | {"thinpool._native", "thinpool.engine"},
     "thinpool.format": BASE | {"thinpool._native"},
     "thinpool.host": BASE,
+    "thinpool.dm": BASE | {"thinpool.host"},
     "thinpool.store": BASE
     | {"thinpool.check", "thinpool.engine", "thinpool.format", "thinpool.host"},
     "thinpool.oci": BASE | {"thinpool.host"},

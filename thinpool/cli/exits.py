@@ -65,6 +65,7 @@ CODES: Final[Mapping[str, int]] = MappingProxyType(
         "interrupted": INTERRUPTED,
         "closed": FAILED,
         "io": FAILED,
+        "device_mapper": FAILED,
         "limit": FAILED,
         "no_memory": FAILED,
         "server": FAILED,

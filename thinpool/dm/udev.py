@@ -1,0 +1,208 @@
+"""Waiting for udev around a command: who makes the node, and when a device is ready.
+
+Where udevd runs with the rules of device-mapper's own package, a cookie is waited for, and udevd
+makes the links under /dev/mapper. Where udevd runs without those rules, its events are listened
+to, and we make the nodes. Where it doesn't run, we make the nodes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import time
+from enum import Enum
+from typing import TYPE_CHECKING, Final, Protocol, Self
+
+from thinpool import errors
+from thinpool.dm import nodes
+from thinpool.dm.cookies import QUIET, Cookie, UdevFlags
+from thinpool.dm.events import DeviceMonitor
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+CONTROL_SOCKET: Final = "/run/udev/control"
+WAIT_SECONDS: Final = 60.0
+"""How long udevd may take for one device before that is an error."""
+
+_SLICE_SECONDS: Final = 1.0
+_RULE_DIRECTORIES: Final = (
+    "/etc/udev/rules.d",
+    "/run/udev/rules.d",
+    "/usr/local/lib/udev/rules.d",
+    "/usr/lib/udev/rules.d",
+    "/lib/udev/rules.d",
+)
+_COMPLETING_RULES: Final = "95-dm-notify.rules"
+_OFF_VARIABLE: Final = "DM_DISABLE_UDEV"
+
+
+class UdevMode(Enum):
+    """How udev is waited for."""
+
+    COOKIES = "cookies"
+    EVENTS = "events"
+    NONE = "none"
+
+
+class Wait(Protocol):
+    """What stands around one command that may raise an event. A context manager."""
+
+    event_nr: int
+    """What the command takes."""
+
+    def finished(self, *, raised: bool) -> None:
+        """The command succeeded: wait until udevd is done, if an event was raised.
+
+        Raises:
+            TimeoutError_: udevd is not.
+        """
+        ...
+
+    def __enter__(self) -> Self:
+        """Itself."""
+        ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Let go of what it holds."""
+        ...
+
+
+def detect() -> UdevMode:
+    """The way that works here."""
+    if os.environ.get(_OFF_VARIABLE) == "1" or not is_running():
+        return UdevMode.NONE
+    if rules_file(_COMPLETING_RULES) is None or not _semaphores():
+        return UdevMode.EVENTS
+    return UdevMode.COOKIES
+
+
+def is_running() -> bool:
+    """Whether a udevd answers at its socket: one that died leaves the socket behind."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as probe:
+        try:
+            probe.connect(CONTROL_SOCKET)
+        except PermissionError:
+            return True  # it is there, and not ours to ask
+        except OSError:
+            return False
+    return True
+
+
+def rules_file(name: str) -> str | None:
+    """Where a file of udev rules is; None where it is nowhere, or is masked."""
+    for directory in _RULE_DIRECTORIES:
+        path = f"{directory}/{name}"
+        if os.path.lexists(path):
+            return None if os.path.realpath(path) == os.devnull else path
+    return None
+
+
+def wait_for(mode: UdevMode, device: str, *, quiet: bool, seconds: float) -> Wait:
+    """What to put around a command on a device."""
+    if mode is UdevMode.COOKIES:
+        return _CookieWait(device, QUIET if quiet else UdevFlags(0), seconds)
+    if mode is UdevMode.EVENTS:
+        return _EventWait(device, seconds)
+    return _NoWait()
+
+
+def _semaphores() -> bool:
+    try:
+        Cookie().close()
+    except OSError:
+        return False
+    return True
+
+
+class _NoWait:
+    """No udevd."""
+
+    event_nr = 0
+
+    def finished(self, *, raised: bool) -> None:
+        """Nothing to wait for."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class _CookieWait:
+    """Udevd's last rule counts a semaphore down."""
+
+    def __init__(self, device: str, flags: UdevFlags, seconds: float) -> None:
+        self._device, self._seconds = device, seconds
+        try:
+            self._cookie = Cookie()
+        except OSError as cause:
+            message = f"cannot wait for udev with {device}: {os.strerror(cause.errno or 0)}"
+            if cause.errno == errno.ENOSPC:
+                message += "; remove leftovers with: dmsetup udevcomplete_all"
+            raise errors.UnsupportedHostError(
+                message, missing="System V semaphores", device=device, errno=cause.errno
+            ) from cause
+        self.event_nr = self._cookie.value(flags)
+
+    def finished(self, *, raised: bool) -> None:
+        if not raised:
+            self._cookie.forgo()
+        deadline = time.monotonic() + self._seconds
+        while not self._cookie.wait(min(_SLICE_SECONDS, self._seconds)):
+            if not is_running():
+                return  # died under us: nobody will finish, and the nodes are ours to make
+            if time.monotonic() >= deadline:
+                raise _late(self._device, self._seconds)
+
+    def __enter__(self) -> Self:
+        self._cookie.expect()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._cookie.close()
+
+
+class _EventWait:
+    """Udevd's own announcement of the event that it has finished with."""
+
+    def __init__(self, device: str, seconds: float) -> None:
+        self._device, self._seconds = device, seconds
+        # The value comes back with the event; nothing else uses it without rules.
+        self.event_nr = Cookie.bare(QUIET)
+        self._monitor = DeviceMonitor()
+
+    def finished(self, *, raised: bool) -> None:
+        deadline = time.monotonic() + self._seconds
+        while raised:
+            left = min(_SLICE_SECONDS, max(0.0, deadline - time.monotonic()))
+            event = self._monitor.next_event(left)
+            if event is not None and event.cookie == self.event_nr:
+                return
+            if event is None and not is_running():
+                return
+            if time.monotonic() >= deadline:
+                raise _late(self._device, self._seconds)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._monitor.close()
+
+
+def _late(device: str, seconds: float) -> errors.TimeoutError_:
+    return errors.TimeoutError_(
+        f"udevd has not finished with {nodes.path_of(device)} within {seconds:g} s: look at its"
+        " queue (udevadm settle) and log, or set DM_DISABLE_UDEV=1 to do without it",
+        holder="udevd",
+        timeout=seconds,
+        device=device,
+    )
