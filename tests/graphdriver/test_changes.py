@@ -163,16 +163,23 @@ def test_ten_changes_in_a_hundred_thousand_files_are_found_sooner_than_by_a_walk
             path = where / f"d{index // 30}/s{index}/f{index * 100 + number}"
             path.write_text("changed")
         driver.put("child")
-        begin = time.monotonic()
-        found = driver.changes("child", "image")
-        quick = time.monotonic() - begin
-        begin = time.monotonic()
-        driver.size("child", "image")
-        size = time.monotonic() - begin
+        quick, found = quickest(lambda: driver.changes("child", "image"))
+        size, bytes_ = quickest(lambda: driver.size("child", "image"))
         begin = time.monotonic()
         assert walked(driver, "child", "image") == found
         slow = time.monotonic() - begin
         print(f"changes {quick:.3f} s, size {size:.3f} s, a walk {slow:.3f} s")  # noqa: T201
         assert sum(kind == "M" for _, kind in found) >= 10
-        assert quick * 3 < slow
-        assert size * 3 < slow
+        assert bytes_ == 10 * len("changed")
+        assert quick * 20 < slow
+        assert size * 20 < slow
+
+
+def quickest(call):
+    """The least time of three, since others use this host too; and what came of it."""
+    times = []
+    for _ in range(3):
+        begin = time.monotonic()
+        result = call()
+        times.append(time.monotonic() - begin)
+    return min(times), result

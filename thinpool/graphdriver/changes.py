@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from thinpool.graphdriver.layers import Layers
     from thinpool.model import Volume
     from thinpool.oci.diff import Change
+    from thinpool.server.client import PoolClient
 
 _DEPTH_MAX: Final = 1 << 16
 _NS: Final = 1_000_000_000
@@ -71,16 +73,43 @@ def _sides(layers: Layers, layer: str, parent: str | None) -> Iterator[_Sides]:
     after = layers.require(layer)
     before = layers.base() if parent is None else layers.require(parent)
     parted = _parted_ns(layers, after, before, parent)
-    client = layers.client
-    with Workbench(client) as bench, contextlib.ExitStack() as stack:
-        sides = [stack.enter_context(still(client, bench, each.name)) for each in (before, after)]
-        roots = [stack.enter_context(bench.mounted(each, read_only=True)) for each in sides]
+    with (
+        Workbench(layers.client) as bench,
+        _mounted(layers.client, bench, (before, after)) as mounted,
+    ):
+        sides, roots = [each for each, _ in mounted], [root for _, root in mounted]
         yield _Sides(
             before=roots[0],
             after=roots[1],
             parted_ns=parted,
             within=_within(bench, sides, roots),
         )
+
+
+@contextlib.contextmanager
+def _mounted(
+    client: PoolClient, bench: Workbench, volumes: tuple[Volume, ...]
+) -> Iterator[list[tuple[Volume, int]]]:
+    """Snapshots of volumes and the roots of their filesystems, made and taken down side by side.
+
+    Most of the time that takes is the kernel's, for devices to come and go.
+    """
+    stacks = [contextlib.ExitStack() for _ in volumes]
+
+    def enter(stack: contextlib.ExitStack, volume: Volume) -> tuple[Volume, int]:
+        side = stack.enter_context(still(client, bench, volume.name))
+        return side, stack.enter_context(bench.mounted(side, read_only=True))
+
+    with ThreadPoolExecutor(len(volumes), thread_name_prefix="side") as threads:
+        entering = [threads.submit(enter, *each) for each in zip(stacks, volumes, strict=True)]
+        try:
+            yield [each.result() for each in entering]
+        finally:
+            wait(entering)
+            ending = [threads.submit(stack.close) for stack in stacks]
+            wait(ending)
+            for each in ending:
+                each.result()
 
 
 def _parted_ns(layers: Layers, after: Volume, before: Volume, parent: str | None) -> int:

@@ -3,9 +3,9 @@
 Two block devices with an ext4 of one origin (snapshots of each other), and the ranges of bytes in
 which they may differ. Of those, the ones that hold inode tables are compared inode by inode. Then
 the directories are found that lead to a changed inode: a directory knows the one above it; a file
-whose name did not change does not, and is looked for among the directories of its block group
-first, which is where ext4 puts files, and in all others then. The cost is that of what changed, and
-of reading directories near it.
+whose name did not change does not, and is looked for in the directories just before it in the inode
+table, where it is if a tree was written in order, then among all of its block group, which is where
+ext4 puts files, and in all others then. The cost is that of what changed and of what is near it.
 
 Nothing is decided here about what a change is: a walk of both trees that looks only at these
 inodes sees everything that differs. Whatever is not known to be understood (features, a
@@ -17,6 +17,7 @@ The layout is that of the kernel's Documentation/filesystems/ext4.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import stat
@@ -47,6 +48,8 @@ _CHANGED_MAX: Final = 20_000
 _DEPTH_MAX: Final = 4096
 _READ: Final = 1 << 20
 _DIRECTORY_MODE: Final = re.compile(rb"[\x40-\x4f]")  # the high byte of a directory's mode
+_NEAR: Final = 256  # inodes: one read of a pool block
+_GUESSES: Final = 4
 _NEEDLES_MAX: Final = 64  # so many are sooner searched for than a block's entries are read
 
 Range = tuple[int, int]
@@ -163,6 +166,18 @@ class _Ext4:
             number += len(data) // size
             at += len(data)
             left -= len(data)
+
+    def directories_before(self, number: int) -> Iterator[tuple[int, _Inode]]:
+        """The directories just before an inode in its group, the nearest first."""
+        group, index = divmod(number - 1, self.per_group)
+        first, size = group * self.per_group + 1, self.inode_size
+        low = max(index - _NEAR, 0)
+        data = self.read(self.tables[group] + low * size, (index - low) * size)
+        found = [each.start() for each in _DIRECTORY_MODE.finditer(data[1::size])]
+        for at in reversed(found):
+            inode = _Inode(data[at * size : (at + 1) * size])
+            if inode.is_used:
+                yield first + low + at, inode
 
     def directory_blocks(self, directory: _Inode) -> Iterator[bytes]:
         """The blocks of a directory, in no order."""
@@ -318,6 +333,10 @@ class _Search:
     def run(self, likely: set[int]) -> set[int]:
         """Every directory with a name of a wanted inode."""
         self._look_in((number, self._side.inode(number)) for number in sorted(likely))
+        for number in sorted(self._wanted):
+            if number in self._left:
+                before = itertools.islice(self._side.directories_before(number), _GUESSES)
+                self._look_in(before)
         per_group = self._side.per_group
         near = sorted({(number - 1) // per_group for number in self._left})
         far = [group for group in range(len(self._side.tables)) if group not in near]
