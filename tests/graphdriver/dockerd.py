@@ -145,6 +145,7 @@ def root_tar():
             add(f"dir/file{number}", b"%d" % number * 1000, mode=0o640, uid=number, gid=number)
         add("dir/sub/deep", b"deep")
         add("dir/hard", type=tarfile.LNKTYPE, linkname="dir/file1", mode=0o640, uid=1, gid=1)
+        add("dir/other", type=tarfile.LNKTYPE, linkname="dir/file2", mode=0o604, uid=9, gid=8)
     return stream.getvalue()
 
 

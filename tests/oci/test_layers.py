@@ -206,6 +206,23 @@ def test_hard_link_over_what_is_there_and_over_itself(root):
     assert (root / "top").stat().st_nlink == 2
 
 
+def test_metadata_of_a_hard_links_member_is_every_names(root):
+    """As Docker and containerd have it; a capability stays where the owner does."""
+    require("root")
+    (root / "d/one").chmod(0o600)
+    tar = Tar().link(b"again", b"d/one", mode=0o4711, uid=7, gid=8, mtime=99)
+    extract(root, tar.symlink(b"s", b"nowhere", mtime=5).link(b"t", b"s", uid=9, mtime=6).end())
+    found = (root / "d/one").stat()
+    assert (stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid) == (0o4711, 7, 8)
+    assert found.st_mtime == 99
+    assert (root / "s").lstat().st_uid == 9
+    assert (root / "s").lstat().st_mtime == 5
+    capability = bytes.fromhex("0000000200040000000000000000000000000000")
+    os.setxattr(root / "d/one", "security.capability", capability)
+    extract(root, Tar().link(b"third", b"d/one", mode=0o711, uid=7, gid=8).end())
+    assert os.getxattr(root / "third", "security.capability") == capability
+
+
 def test_implied_directories_have_a_plain_mode(root):
     """0755 whatever the umask."""
     before = os.umask(0o077)

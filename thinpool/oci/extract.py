@@ -14,8 +14,9 @@ those of Docker's engine:
 * A parent that is a symbolic link is followed, inside the root as a chroot would: ``/`` in a link
   is the root, ``..`` ends there. Names are cleaned before that: ``/x`` and ``./x`` are ``x``; a
   name whose ``..`` climbs above the root is an error.
-* A hard link needs its target, in this layer or a lower one; metadata of the link's own member is
-  not applied, the target's stands.
+* A hard link needs its target, in this layer or a lower one. Owner, mode, attributes and times of
+  the link's own member are set on it, as Docker and containerd do, so they are what every name of
+  the file has then; of a link to a symbolic link only owner and attributes.
 * Owner, extended attributes, mode, times: a change of owner takes setuid and capabilities away.
   Times of directories and default ACLs are set at the end; a default ACL of a lower layer's
   directory is not inherited. ACLs as text (``SCHILY.acl.*``) are not read, as Docker does not.
@@ -539,7 +540,7 @@ class Extractor:
         except FileExistsError:
             self._remove(parent, name)
             os.symlink(member.linkname, name, dir_fd=parent.fd)
-        self._name_metadata(member, parent, name)
+        self._name_metadata(member, parent, name, of_link=True)
         return True
 
     def _hard_link(
@@ -550,8 +551,8 @@ class Extractor:
             self._bad("a hard link to itself")
         directory, _, target_name = target.rpartition(b"/")
         source = self._directory(directory, create=False)
-        mode = os.stat(target_name, dir_fd=source.fd, follow_symlinks=False).st_mode
-        if stat.S_ISDIR(mode):
+        status = os.stat(target_name, dir_fd=source.fd, follow_symlinks=False)
+        if stat.S_ISDIR(status.st_mode):
             self._bad("a hard link to a directory")
         try:
             self._link(source, target_name, parent, name)
@@ -560,6 +561,9 @@ class Extractor:
                 self._bad("a hard link to itself")
             self._remove(parent, name)
             self._link(source, target_name, parent, name)
+        self._name_metadata(
+            member, parent, name, of_link=stat.S_ISLNK(status.st_mode), existing=status
+        )
         return True
 
     @staticmethod
@@ -588,21 +592,43 @@ class Extractor:
 
     # ---- metadata --------------------------------------------------------------------------
 
-    def _name_metadata(self, member: tarformat.Member, parent: _Directory, name: bytes) -> None:
-        """Metadata of what must not be opened and was just made here."""
-        if not self._ignore_ownership:
+    def _name_metadata(
+        self,
+        member: tarformat.Member,
+        parent: _Directory,
+        name: bytes,
+        *,
+        of_link: bool = False,
+        existing: os.stat_result | None = None,
+    ) -> None:
+        """Metadata of what must not be opened.
+
+        Args:
+            member: has it.
+            parent: the directory.
+            name: in it.
+            of_link: it is a symbolic link.
+            existing: what it was, if it is one more name of something that was there.
+        """
+        fresh = existing is None
+        owned = existing is not None and (existing.st_uid, existing.st_gid) == (
+            member.uid,
+            member.gid,
+        )
+        if not self._ignore_ownership and not owned:  # it would take capabilities away
             try:
                 os.chown(name, member.uid, member.gid, dir_fd=parent.fd, follow_symlinks=False)
             except PermissionError as error:
                 raise self._no_owner(member) from error
         path = b"/proc/self/fd/%d/%s" % (parent.fd, name)
-        if member.kind != tarformat.SYMLINK:
+        if not of_link:
             os.chmod(name, member.mode, dir_fd=parent.fd)
-            if parent.inherits:
+            if fresh and parent.inherits:
                 self._drop_xattrs(member, path)
         if member.xattrs:
             self._xattrs(member, path)
-        os.utime(name, ns=_times(member), dir_fd=parent.fd, follow_symlinks=False)
+        if fresh or not of_link:
+            os.utime(name, ns=_times(member), dir_fd=parent.fd, follow_symlinks=False)
 
     def _own(self, member: tarformat.Member, fd: int) -> None:
         if self._ignore_ownership:
