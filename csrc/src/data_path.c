@@ -2,7 +2,7 @@
 /*
  * The blocking data path: one block of a volume at a time, under that block's lock.
  *
- *   read         shared lock; unmapped is zeros
+ *   read         shared lock; unmapped is zeros, or what the external origin has
  *   overwrite    shared lock; mapped and not shared
  *   provision    exclusive lock; reserve, write, insert the mapping
  *   break        exclusive lock; reserve, copy and overlay, insert the mapping
@@ -73,23 +73,46 @@ static void copy_error(struct tp_error *to, const struct tp_error *from)
 
 /* ---- reading ------------------------------------------------------------------------------ */
 
-static int read_data(struct tp_pool *pool, uint64_t offset, void *buffer, uint32_t length,
-		     struct tp_error *err)
+static int read_any(struct tp_bdev *bdev, uint32_t align, uint64_t offset, void *buffer,
+		    uint32_t length, struct tp_error *err)
 {
-	uint64_t begin = offset - offset % pool->io_align;
-	uint64_t end = (offset + length + pool->io_align - 1) / pool->io_align * pool->io_align;
+	uint64_t begin = offset - offset % align;
+	uint64_t end = (offset + length + align - 1) / align * align;
 	uint8_t *bounce;
 	int r;
 
 	if (begin == offset && end == offset + length)
-		return tp_bdev_read(pool->data_bdev, offset, buffer, length, err);
+		return tp_bdev_read(bdev, offset, buffer, length, err);
 	bounce = io_buffer(end - begin);
 	if (!bounce)
 		return tp_fail(err, TP_E_NO_MEMORY, "no memory to read");
-	r = tp_bdev_read(pool->data_bdev, begin, bounce, end - begin, err);
+	r = tp_bdev_read(bdev, begin, bounce, end - begin, err);
 	if (!r)
 		memcpy(buffer, bounce + (offset - begin), length);
 	free(bounce);
+	return r;
+}
+
+/* How many of length bytes at an offset of the volume its external origin has. */
+static uint32_t origin_part(const struct tp_volume *volume, uint64_t offset, uint32_t length)
+{
+	if (offset >= volume->origin_size)
+		return 0;
+	return volume->origin_size - offset < length ? (uint32_t)(volume->origin_size - offset)
+						     : length;
+}
+
+/* What a volume has where nothing is mapped. */
+static int read_unmapped(struct tp_volume *volume, uint64_t offset, uint8_t *buffer,
+			 uint32_t length, struct tp_error *err)
+{
+	uint32_t part = origin_part(volume, offset, length);
+	int r = part ? read_any(volume->origin, tp_bdev_io_align(volume->origin), offset, buffer,
+				part, err)
+		     : 0;
+
+	if (!r)
+		memset(buffer + part, 0, length - part);
 	return r;
 }
 
@@ -103,10 +126,12 @@ static int read_span(struct tp_volume *volume, struct span s, void *buffer, stru
 	tp_block_lock_shared(pool->locks, lock);
 	r = tp_cache_load(volume, s.block, &entry, err);
 	if (!r && !tp_entry_mapped(entry))
-		memset(buffer, 0, s.length);
+		r = read_unmapped(volume, s.block * pool->block_size + s.within, buffer, s.length,
+				  err);
 	else if (!r)
-		r = read_data(pool, tp_entry_block(entry) * pool->block_size + s.within, buffer,
-			      s.length, err);
+		r = read_any(pool->data_bdev, pool->io_align,
+			     tp_entry_block(entry) * pool->block_size + s.within, buffer, s.length,
+			     err);
 	tp_block_unlock_shared(pool->locks, lock);
 	return r;
 }
@@ -252,12 +277,13 @@ static int write_data(struct tp_pool *pool, uint64_t offset, const void *buffer,
 }
 
 /*
- * Write the whole of a new block: the caller's bytes over those of source (a mapped data block's
- * offset, or UINT64_MAX for zeros), in pieces of bounded size.
+ * Write the whole of a new block: the caller's bytes over what the volume has there so far (in the
+ * data block at source; UINT64_MAX where nothing is mapped), in pieces of bounded size.
  */
-static int fill_block(struct tp_pool *pool, uint64_t to, uint64_t source, struct span s,
+static int fill_block(struct tp_volume *volume, uint64_t to, uint64_t source, struct span s,
 		      const uint8_t *data, struct tp_error *err)
 {
+	struct tp_pool *pool = volume->pool;
 	uint32_t piece = pool->block_size < COPY_BYTES ? pool->block_size : COPY_BYTES, at;
 	uint8_t *buffer = io_buffer(piece);
 	int r = 0;
@@ -270,8 +296,8 @@ static int fill_block(struct tp_pool *pool, uint64_t to, uint64_t source, struct
 		uint32_t end = s.within + s.length < at + n ? s.within + s.length : at + n;
 		bool covered = begin == at && end == at + n;
 
-		if (source == UINT64_MAX)
-			memset(buffer, 0, n);
+		if (!covered && source == UINT64_MAX)
+			r = read_unmapped(volume, s.block * pool->block_size + at, buffer, n, err);
 		else if (!covered)
 			r = tp_bdev_read(pool->data_bdev, source + at, buffer, n, err);
 		if (!r && begin < end)
@@ -321,12 +347,13 @@ static int provision(struct tp_volume *volume, struct span s, const uint8_t *dat
 	if (whole)
 		r = write_data(pool, to, data, s.length, err);
 	else if (copies)
-		r = fill_block(pool, to, tp_entry_block(old_entry) * pool->block_size, s, data,
+		r = fill_block(volume, to, tp_entry_block(old_entry) * pool->block_size, s, data,
 			       err);
-	else if (hole || pool->options.skip_block_zeroing)
+	else if ((hole || pool->options.skip_block_zeroing) &&
+		 !origin_part(volume, s.block * pool->block_size, pool->block_size))
 		r = fill_part(pool, to, s, data, err);
 	else
-		r = fill_block(pool, to, UINT64_MAX, s, data, err);
+		r = fill_block(volume, to, UINT64_MAX, s, data, err);
 	if (r) {
 		give_back(pool, block);
 		return r;
@@ -727,7 +754,7 @@ int tp_volume_discard(struct tp_volume *volume, uint64_t offset, uint64_t length
 	return unmap_range(volume, begin, end, err);
 }
 
-/* Zeros over a part of a block; nothing to do where it is not mapped. */
+/* Zeros over a part of a block; nothing to do where it reads as zeros for want of a mapping. */
 static int zero_span(struct tp_volume *volume, struct span s, struct tp_error *err)
 {
 	uint64_t entry;
@@ -735,7 +762,8 @@ static int zero_span(struct tp_volume *volume, struct span s, struct tp_error *e
 	int r = tp_cache_load(volume, s.block, &entry, err);
 
 	/* A first write that comes in between puts its zeros or its data: both are an order. */
-	if (r || !tp_entry_mapped(entry))
+	if (r || (!tp_entry_mapped(entry) &&
+		  !origin_part(volume, s.block * volume->pool->block_size + s.within, s.length)))
 		return r;
 	zeros = calloc(1, s.length);
 	if (!zeros)
@@ -743,6 +771,14 @@ static int zero_span(struct tp_volume *volume, struct span s, struct tp_error *e
 	r = write_span(volume, s, zeros, err);
 	free(zeros);
 	return r;
+}
+
+/* Up to where zeros have to be written, since without a mapping the external origin shows. */
+static uint64_t end_of_origin(const struct tp_volume *volume)
+{
+	uint64_t size = volume->pool->block_size;
+
+	return (volume->origin_size + size - 1) / size * size;
 }
 
 int tp_volume_zero(struct tp_volume *volume, uint64_t offset, uint64_t length, struct tp_error *err)
@@ -756,7 +792,8 @@ int tp_volume_zero(struct tp_volume *volume, uint64_t offset, uint64_t length, s
 		struct span s = span_at(pool, offset, end - offset);
 		bool to_end = offset + s.length == size;
 
-		if (!s.within && (s.length == pool->block_size || to_end)) {
+		if (!s.within && (s.length == pool->block_size || to_end) &&
+		    offset >= end_of_origin(volume)) {
 			uint64_t last = end == size
 						? (end + pool->block_size - 1) / pool->block_size
 						: end / pool->block_size;
@@ -764,6 +801,7 @@ int tp_volume_zero(struct tp_volume *volume, uint64_t offset, uint64_t length, s
 			r = unmap_range(volume, s.block, last, err);
 			offset = last * pool->block_size < end ? last * pool->block_size : end;
 		} else {
+			s.length = s.length < COPY_BYTES ? s.length : COPY_BYTES;
 			r = zero_span(volume, s, err);
 			offset += s.length;
 		}
@@ -790,6 +828,11 @@ int tp_volume_next_data(struct tp_volume *volume, uint64_t offset, uint64_t *beg
 
 	if (offset >= size)
 		return TP_E_KEY_NOT_FOUND;
+	if (offset < volume->origin_size) {
+		*begin_ret = offset;
+		*end_ret = volume->origin_size < size ? volume->origin_size : size;
+		return 0;
+	}
 	pthread_mutex_lock(&pool->md_lock);
 	r = tp_md_next_mapping(pool->md, volume->device, offset / pool->block_size, &block, &value,
 			       err);

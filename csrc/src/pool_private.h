@@ -56,6 +56,8 @@ struct tp_volume {
 	struct tp_pool *pool;
 	struct tp_device *device;
 	struct tp_volume *next;
+	struct tp_bdev *origin; /* external: read where nothing is mapped; NULL for zeros */
+	uint64_t origin_size;   /* bytes */
 	uint32_t id;
 	bool read_only;
 };

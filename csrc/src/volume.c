@@ -242,7 +242,7 @@ static void volume_free(struct tp_volume *volume)
 }
 
 int tp_volume_open(struct tp_pool *pool, uint32_t id, uint64_t size, uint32_t read_only,
-		   struct tp_volume **volume_ret, struct tp_error *err)
+		   struct tp_bdev *origin, struct tp_volume **volume_ret, struct tp_error *err)
 {
 	struct tp_volume *volume;
 	void *memory;
@@ -257,6 +257,8 @@ int tp_volume_open(struct tp_pool *pool, uint32_t id, uint64_t size, uint32_t re
 	volume->pool = pool;
 	volume->id = id;
 	volume->read_only = read_only || pool->options.read_only;
+	volume->origin = origin;
+	volume->origin_size = origin ? tp_bdev_size(origin) : 0;
 	atomic_init(&volume->size, size);
 	atomic_init(&volume->table, new_table(size, pool->block_size));
 	if (!atomic_load(&volume->table)) {
@@ -375,6 +377,8 @@ static bool map_block(struct tp_volume *volume, uint64_t block, uint32_t within,
 	if (entry == CACHE_UNKNOWN)
 		return false;
 	if (map->write && (!tp_entry_mapped(entry) || tp_entry_shared(volume, entry)))
+		return false;
+	if (!tp_entry_mapped(entry) && block * pool->block_size + within < volume->origin_size)
 		return false;
 	offset = tp_entry_mapped(entry) ? tp_entry_block(entry) * pool->block_size + within
 					: TP_MAP_HOLE;

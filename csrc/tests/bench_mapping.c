@@ -68,7 +68,7 @@ int main(void)
 	TP_ASSERT(!tp_pool_format(metadata, BLOCK, MAPPINGS, 0, NULL));
 	TP_ASSERT(!tp_pool_open(metadata, data, &options, &pool, NULL));
 	TP_ASSERT(!tp_volume_create(pool, 1, NULL));
-	TP_ASSERT(!tp_volume_open(pool, 1, (uint64_t)MAPPINGS * BLOCK, 0, &volume, NULL));
+	TP_ASSERT(!tp_volume_open(pool, 1, (uint64_t)MAPPINGS * BLOCK, 0, NULL, &volume, NULL));
 	begin = now();
 	map_all(pool, volume);
 	printf("insert, ascending:            %6.2f M/s\n", MAPPINGS / (now() - begin) / 1e6);

@@ -40,9 +40,9 @@ static void write_blocks(struct tp_pool *pool, uint32_t id, uint64_t first, uint
 	static uint8_t page[4096];
 	struct tp_volume *volume;
 
-	CHECK_EQUAL(
-		tp_volume_open(pool, id, (uint64_t)DATA_BLOCKS * DATA_BLOCK_SIZE, 0, &volume, NULL),
-		0);
+	CHECK_EQUAL(tp_volume_open(pool, id, (uint64_t)DATA_BLOCKS * DATA_BLOCK_SIZE, 0, NULL,
+				   &volume, NULL),
+		    0);
 	for (uint64_t i = 0; i < nr; i++)
 		CHECK_EQUAL(tp_volume_write(volume, (first + i * step) * DATA_BLOCK_SIZE, page,
 					    sizeof(page), NULL),

@@ -171,13 +171,13 @@ int main(void)
 	pass(tp_pool_open(metadata, data, &options, &pool, &err), &err, "open");
 	for (i = 0; i < 2; i++) {
 		pass(tp_volume_create(pool, (uint32_t)i + 1, &err), &err, "create");
-		pass(tp_volume_open(pool, (uint32_t)i + 1, (uint64_t)BLOCKS * BLOCK, 0, &volumes[i],
-				    &err),
+		pass(tp_volume_open(pool, (uint32_t)i + 1, (uint64_t)BLOCKS * BLOCK, 0, NULL,
+				    &volumes[i], &err),
 		     &err, "open volume");
 	}
 	pass(tp_volume_create(pool, 3, &err), &err, "create");
-	pass(tp_volume_open(pool, 3, (uint64_t)THREADS * RUN_BLOCKS * BLOCK, 0, &runs, &err), &err,
-	     "open volume");
+	pass(tp_volume_open(pool, 3, (uint64_t)THREADS * RUN_BLOCKS * BLOCK, 0, NULL, &runs, &err),
+	     &err, "open volume");
 	for (i = 0; i < THREADS; i++)
 		TP_ASSERT(!pthread_create(&threads[i], NULL, worker, (void *)i));
 	TP_ASSERT(!pthread_create(&threads[THREADS], NULL, upheaval, NULL));

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, Self
 
 from thinpool._native import ffi, lib
@@ -263,18 +264,37 @@ class Pool(Handle):
             check(status, err, volume_id=volume_id)
         return _volume_info(info)
 
-    def open_volume(self, volume_id: VolumeId, *, size: int, read_only: bool = False) -> Volume:
-        """Open a volume; its size is the caller's to know.
+    def open_volume(
+        self,
+        volume_id: VolumeId,
+        *,
+        size: int,
+        read_only: bool = False,
+        origin: BlockDevice | None = None,
+    ) -> Volume:
+        """Open a volume; its size and its external origin are the caller's to know.
+
+        Args:
+            volume_id: which.
+            size: bytes, a multiple of 512.
+            read_only: refuse writes.
+            origin: the external origin: nobody may write it. Where nothing is mapped the volume
+                reads as this device, and as zeros beyond its end; a discard lets it show again.
+                It stays open until the volume is closed.
 
         Raises:
             BusyError: it is open.
             NotFoundError: there is none.
         """
         opened = ffi.new("struct tp_volume **")
-        with self.in_call() as (pointer, err):
-            status = lib.tp_volume_open(pointer, volume_id, size, int(read_only), opened, err)
+        with contextlib.ExitStack() as stack:
+            pointer, err = stack.enter_context(self.in_call())
+            below = stack.enter_context(origin.in_call())[0] if origin is not None else ffi.NULL
+            status = lib.tp_volume_open(
+                pointer, volume_id, size, int(read_only), below, opened, err
+            )
             check(status, err, volume_id=volume_id)
-        return Volume(opened[0], pool=self, volume_id=volume_id)
+            return Volume(opened[0], pool=self, volume_id=volume_id, origin=origin)
 
 
 def _volume_info(info: Any) -> VolumeInfo:  # noqa: ANN401 - cffi's data has no type
@@ -291,9 +311,17 @@ def _volume_info(info: Any) -> VolumeInfo:  # noqa: ANN401 - cffi's data has no 
 class Volume(Handle):
     """An open volume; implements VolumeIO. Thread-safe; offsets and lengths of any alignment."""
 
-    def __init__(self, pointer: Any, *, pool: Pool, volume_id: VolumeId) -> None:  # noqa: ANN401 - cffi's data has no type
+    def __init__(
+        self,
+        pointer: Any,  # noqa: ANN401 - cffi's data has no type
+        *,
+        pool: Pool,
+        volume_id: VolumeId,
+        origin: BlockDevice | None = None,
+    ) -> None:
         """Use Pool.open_volume instead."""
-        super().__init__(pointer, lib.tp_volume_close, above=(pool,), what=f"volume {volume_id}")
+        above: tuple[Handle, ...] = (pool,) if origin is None else (pool, origin)
+        super().__init__(pointer, lib.tp_volume_close, above=above, what=f"volume {volume_id}")
         self._id = volume_id
 
     def _free(self, pointer: Any) -> None:  # noqa: ANN401 - as above

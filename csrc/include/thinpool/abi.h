@@ -399,9 +399,11 @@ int tp_pool_get_volume_info(struct tp_pool *pool, uint32_t id, struct tp_volume_
 /* ---- volumes -------------------------------------------------------------------------------- */
 
 /* size in bytes, a multiple of 512; kept by the caller, not on disk. Opening twice is
- * TP_E_VOLUME_BUSY. */
+ * TP_E_VOLUME_BUSY. origin, or NULL: the external origin, a device that nobody writes and that
+ * outlives the volume. What is not mapped reads as what it has there, zeros beyond its end, and the
+ * first write of a block takes the rest of the block from it. It is kept by the caller as well. */
 int tp_volume_open(struct tp_pool *pool, uint32_t id, uint64_t size, uint32_t read_only,
-		   struct tp_volume **volume_ret, struct tp_error *err);
+		   struct tp_bdev *origin, struct tp_volume **volume_ret, struct tp_error *err);
 void tp_volume_close(struct tp_volume *volume);
 int tp_volume_resize(struct tp_volume *volume, uint64_t size, struct tp_error *err);
 uint32_t tp_volume_id(const struct tp_volume *volume);
@@ -411,16 +413,19 @@ int tp_volume_read(struct tp_volume *volume, uint64_t offset, void *buffer, size
 		   struct tp_error *err);
 int tp_volume_write(struct tp_volume *volume, uint64_t offset, const void *buffer, size_t length,
 		    struct tp_error *err);
-/* Whole blocks inside the range are unmapped, partial ends are left: the kernel's discard. */
+/* Whole blocks inside the range are unmapped, partial ends are left: the kernel's discard. What an
+ * external origin has there shows again. */
 int tp_volume_discard(struct tp_volume *volume, uint64_t offset, uint64_t length,
 		      struct tp_error *err);
-/* Whole blocks are unmapped, partial ends zeroed: reads as zeros afterwards. */
+/* Whole blocks are unmapped, or over an external origin written with zeros; partial ends zeroed:
+ * reads as zeros afterwards. */
 int tp_volume_zero(struct tp_volume *volume, uint64_t offset, uint64_t length,
 		   struct tp_error *err);
 /* Everything acknowledged before the call survives power loss on return. */
 int tp_volume_flush(struct tp_volume *volume, struct tp_error *err);
 /* First mapped byte at or after offset, and the end of that mapped stretch; TP_E_KEY_NOT_FOUND
- * when nothing is mapped from there to the end. */
+ * when nothing is mapped from there to the end. All that an external origin has counts as mapped;
+ * a stretch may begin where the one before it ends. */
 int tp_volume_next_data(struct tp_volume *volume, uint64_t offset, uint64_t *begin_ret,
 			uint64_t *end_ret, struct tp_error *err);
 /* One volume block's mapping: TP_E_KEY_NOT_FOUND when unmapped. */
