@@ -13,7 +13,7 @@ SANITIZE := -Db_sanitize=address,undefined
 export UBSAN_OPTIONS := print_stacktrace=1:halt_on_error=1
 C_FILES = $(shell git ls-files "csrc/*.c" "csrc/*.h")
 
-.PHONY: dev check test test-c asan asan-python lint fmt docs docs-check bench ci soak dist clean
+.PHONY: dev check test test-c asan asan-python lint fmt docs docs-check bench bench-setup ci soak dist clean
 
 dev: ## an editable install: C is rebuilt when thinpool is imported
 	python3 -m venv $(VENV)
@@ -70,11 +70,11 @@ docs-check:
 	$(PYTHON) tools/gen_format_doc.py --check
 	$(PYTHON) tools/gen_man.py --check
 
-bench: ## minutes; as root, with fio, for the second and third
-	$(PYTHON) tools/bench_allocator.py
-	mkdir -p $(BUILD)
-	$(PYTHON) tools/bench_fuse.py --directory $(BUILD)
-	$(PYTHON) tools/bench_edit.py --root $(BUILD)/bench-edit
+bench: ## 20 to 25 minutes, as root, on a host at rest; BENCH="edits --quick" for some of it
+	sh tools/bench.sh $(BENCH)
+
+bench-setup: ## what the benchmarks need, peers included
+	sh tools/bench.sh --setup
 
 soak: ## hours: random models and crash images, far beyond what the suite does
 	THINPOOL_PROFILE=soak THINPOOL_CRASH_SEEDS=$${THINPOOL_CRASH_SEEDS:-200} \

@@ -56,11 +56,22 @@ LAYERS: dict[str, set[str]] = {
     },
     "thinpool.graphdriver": BASE
     | {"thinpool", "thinpool.api", "thinpool.host", "thinpool.oci", "thinpool.server"},
+    "thinpool.bench": BASE
+    | {
+        "thinpool",
+        "thinpool.api",
+        "thinpool.check",
+        "thinpool.engine",
+        "thinpool.format",
+        "thinpool.host",
+        "thinpool.server",
+    },
     "thinpool.__main__": {"thinpool.cli"},
     "thinpool.cli": BASE
     | {
         "thinpool",
         "thinpool.api",
+        "thinpool.bench",
         "thinpool.check",
         "thinpool.format",
         "thinpool.graphdriver",

@@ -62,7 +62,7 @@ COMMANDS: Final = {
     "repair": _AT + "later",
     "serve": _AT + "serve",
     "doctor": _AT + "care",
-    "bench": _AT + "later",
+    "bench": _AT + "bench",
     "completion": _AT + "shells",
 }
 

@@ -43,6 +43,7 @@ _uint = ctypes.c_uint
 _libc.mount.argtypes = [_char_p, _char_p, _char_p, ctypes.c_ulong, _char_p]
 _libc.umount2.argtypes = [_char_p, _int]
 _libc.syncfs.argtypes = [_int]
+_libc.unshare.argtypes = [_int]
 _libc.statx.argtypes = [_int, _char_p, _int, _uint, ctypes.c_void_p]
 _libc.syscall.restype = _long
 
@@ -68,6 +69,11 @@ def umount2(target: str, flags: int) -> None:
 def syncfs(fd: int) -> None:
     """Write the filesystem of a descriptor back; an earlier failed write-back is reported too."""
     _checked(_libc.syncfs(fd))
+
+
+def unshare(flags: int) -> None:
+    """Leave what the flags name to the others: CLONE_NEWNS is the mount namespace."""
+    _checked(_libc.unshare(flags))
 
 
 def fsopen(fstype: str) -> int:

@@ -43,5 +43,4 @@ COMMANDS: Final = {
         summary="Write new metadata beside damaged, and swap.",
         instead="thin_repair of thin-provisioning-tools works on the same format",
     ),
-    "bench": _later("bench", summary="Measure a pool."),
 }

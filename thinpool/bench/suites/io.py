@@ -1,0 +1,177 @@
+"""fio through the engine and through what does the same or less.
+
+Mapped: every block was written before. First write: 4 KiB each into a data block that has none yet,
+at random. Break sharing: the same into blocks that are shared with an origin. No flush is asked for
+on either side. CPU time is that of the whole host, fio's own included, which is the same for all.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from thinpool.bench import fio
+from thinpool.bench.context import in_turns
+from thinpool.bench.fio import Job
+from thinpool.bench.targets import (
+    BLOCK,
+    GIB,
+    KIB,
+    MIB,
+    AgedThinpool,
+    Null,
+    PlainLoop,
+    Qemu,
+    RawFile,
+    Reflink,
+    Target,
+    Thinpool,
+)
+from thinpool.units import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from thinpool.bench.context import Context
+    from thinpool.bench.workplace import Workplace
+
+SEQUENTIAL: Final = 128 * KIB
+QEMU_FORMATS: Final = ((64 * KIB, False), (128 * KIB, True), (2 * MIB, False))
+"""Cluster sizes, and whether with subclusters, of which the faster one is measured."""
+
+
+def run(context: Context) -> None:
+    """Measure."""
+    fio.check_fio()
+    size = context.size(GIB, 16 * MIB)
+    region = context.size(512 * MIB, 8 * MIB)
+    long, short = context.size(1.0, 0.2), context.size(0.4, 0.2)
+    with context.place.part("mapped") as place:
+        devices = _mapped(context, place, size)
+        few = {name: devices[name] for name in devices if name in _EVERYWHERE}
+        for depth in (32, 1):
+            for op in ("randread", "randwrite"):
+                who = devices if op == "randread" else _without_backing(devices)
+                _steady(context, who, Job(rw=op, depth=depth, seconds=long))
+        _first(context, region)
+        for op in ("randread", "randwrite"):
+            _steady(context, few, Job(rw=op, depth=32, jobs=4, seconds=short))
+        for depth in (32, 1):
+            for op in ("read", "write"):
+                _steady(context, few, Job(rw=op, block=SEQUENTIAL, depth=depth, seconds=short))
+        for op in ("randread", "randwrite"):
+            _steady(context, few, Job(rw=op, depth=1, jobs=4, seconds=short))
+
+
+_EVERYWHERE: Final = (PlainLoop.name, Null.name, Thinpool.name, Qemu.name)
+_BACKING: Final = f"{Qemu.name}, backing file"
+
+
+def _without_backing(devices: dict[str, str]) -> dict[str, str]:
+    return {name: device for name, device in devices.items() if name != _BACKING}
+
+
+def _mapped(context: Context, place: Workplace, size: int) -> dict[str, str]:
+    """Devices of one size whose blocks are all there, by subject."""
+    makers: dict[str, Callable[[], str]] = {
+        RawFile.name: lambda: RawFile(place).mapped(size),
+        PlainLoop.name: lambda: PlainLoop(place).mapped(size),
+        Null.name: lambda: Null(place).mapped(size),
+        Thinpool.name: lambda: Thinpool(place, size=size + 64 * MIB).mapped(size),
+        Qemu.name: lambda: Qemu(place).mapped(size),
+        _BACKING: lambda: Qemu(place).shared(size),
+        Reflink.name: lambda: Reflink(place, size=2 * size).mapped(size),
+    }
+    devices = {}
+    for name, make in makers.items():
+        context.say(f"{name}: {format_size(size)} written")
+        device = context.try_peer(name, make)
+        if device is not None:
+            devices[name] = device
+    return devices
+
+
+def _steady(context: Context, devices: dict[str, str], job: Job) -> None:
+    """One job on every device in turn."""
+    needs = len(devices) * context.options.repetitions * (job.seconds + 0.4)
+    with context.case(f"mapped, {job}", needs=needs) as go:
+        if not go:
+            return
+        for repetition, name in in_turns(list(devices), context.options.repetitions):
+            outcome = fio.run(devices[name], job, seed=repetition)
+            _keep(context, "mapped", name, job, outcome)
+
+
+def _first(context: Context, region: int) -> None:
+    """First writes, and breaking sharing, each repetition on a new device."""
+    count = region // BLOCK // 2
+    job = Job(rw="randwrite", depth=32, count=count, align=BLOCK, size=region)
+    for case, kinds in (
+        ("first write", (Thinpool, AgedThinpool, Qemu, PlainLoop)),
+        ("break sharing", (Thinpool, AgedThinpool, Qemu, Reflink)),
+    ):
+        with (
+            context.place.part("first") as place,
+            context.case(f"{case}, {job}", needs=80) as go,
+        ):
+            if not go:
+                continue
+            targets = list(_new_targets(context, place, kinds, case, job))
+            for repetition, target in in_turns(targets, context.options.repetitions):
+                _keep(context, case, target.name, job, _once(target, case, job, seed=repetition))
+
+
+def _once(target: Target, case: str, job: Job, *, seed: int) -> fio.Outcome:
+    device = target.unmapped(job.size) if case == "first write" else target.shared(job.size)
+    outcome = fio.run(device, job, seed=seed)
+    target.take_down()
+    return outcome
+
+
+def _new_targets(
+    context: Context,
+    place: Workplace,
+    kinds: Iterable[type[Target]],
+    case: str,
+    job: Job,
+) -> Iterable[Target]:
+    """What can give new devices, each having room for all repetitions."""
+    room = (context.options.repetitions + 2) * job.size
+    for kind in kinds:
+
+        def make(kind: type[Target] = kind) -> Target:
+            if kind is Thinpool:
+                return Thinpool(place, size=room)
+            if kind is AgedThinpool:
+                return AgedThinpool(place, size=job.size)
+            if kind is Reflink:
+                return Reflink(place, size=room)
+            if kind is Qemu:
+                return _tuned(context, place, case, job)
+            return kind(place)
+
+        context.say(f"{case}: making {kind.name} ready")
+        target = context.try_peer(kind.name, make)
+        if target is not None:
+            yield target
+
+
+def _tuned(context: Context, place: Workplace, case: str, job: Job) -> Qemu:
+    """qemu-storage-daemon with the format that is fastest here."""
+    best: tuple[float, Qemu, str] | None = None
+    for cluster, extended in QEMU_FORMATS:
+        target = Qemu(place, cluster=cluster, extended=extended)
+        with place.part("trial") as trial:
+            found = _once(Qemu(trial, cluster=cluster, extended=extended), case, job, seed=99).iops
+        name = f"{format_size(cluster)} clusters{' with subclusters' if extended else ''}"
+        context.results.note(f"{case}, qcow2 with {name}, tried once: {found:.0f}/s")
+        if best is None or found > best[0]:
+            best = found, target, name
+    if best is None:
+        raise RuntimeError("no formats")
+    context.results.note(f"{case}: qemu-storage-daemon was measured with {best[2]}")
+    return best[1]
+
+
+def _keep(context: Context, case: str, subject: str, job: Job, outcome: fio.Outcome) -> None:
+    for metric, (unit, value) in outcome.metrics().items():
+        context.results.add(case, subject, metric, unit, value, **job.parameters)
