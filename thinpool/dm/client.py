@@ -326,7 +326,7 @@ class DeviceMapper:
                 )
             except OSError as cause:
                 raise refusals.of_resume(name, cause, log.lines()) from cause
-            wait.finished(raised=bool(header.flags & abi.Flag.UEVENT_GENERATED))
+            _await_udev(wait, header)
         info = DeviceInfo.of(header)
         if info.live:
             self._node(info)
@@ -412,7 +412,7 @@ class DeviceMapper:
         nodes.check_name(new)
         with self._wait(new) as wait:
             header = self._renamed(name, new, abi.Flag(0), wait.event_nr)
-            wait.finished(raised=bool(header.flags & abi.Flag.UEVENT_GENERATED))
+            _await_udev(wait, header)
         info = self.info(new)
         self._drop_node(name)
         if info.live:
@@ -570,16 +570,17 @@ class DeviceMapper:
             ) from cause
 
     def _removed(self, name: str, flags: abi.Flag) -> bool:
+        """One try. Nobody needs udevd to be finished with what is gone: only its link goes now.
+
+        What udevd does for it later comes before what it does for the next device of that
+        number, which is waited for.
+        """
         command = abi.Command.DEV_REMOVE
-        with self._wait(name) as wait:
-            try:
-                header, _ = self._control.call(
-                    command, name=name, flags=flags, event_nr=wait.event_nr
-                )
-            except OSError as cause:
-                said = f"cannot remove the device {name}"
-                raise refusals.of_device(command, name, cause, said) from cause
-            wait.finished(raised=bool(header.flags & abi.Flag.UEVENT_GENERATED))
+        try:
+            header, _ = self._control.call(command, name=name, flags=flags)
+        except OSError as cause:
+            said = f"cannot remove the device {name}"
+            raise refusals.of_device(command, name, cause, said) from cause
         later = bool(header.flags & abi.Flag.DEFERRED_REMOVE) and self._going(name)
         if not later or self._udev_mode is not udev.UdevMode.COOKIES:
             # One that goes later has no node from now on: nobody opens it any more.
@@ -642,6 +643,11 @@ class DeviceMapper:
         said = f"cannot make the device {name}: the device {existing} has {has} already"
         return as_kind(errors.AlreadyExistsError, command, name, errno.EBUSY, said,
                        existing=existing)  # fmt: skip
+
+
+def _await_udev(wait: udev.Wait, header: Header) -> None:
+    raised = bool(header.flags & abi.Flag.UEVENT_GENERATED)
+    wait.finished(abi.decode_device(header.dev), raised=raised)
 
 
 def _in_use(name: str, holder: str | None) -> errors.ThinpoolError:

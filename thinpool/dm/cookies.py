@@ -75,10 +75,6 @@ _libc.semtimedop.argtypes = [
 ]  # fmt: skip
 
 
-def _value(flags: UdevFlags, number: int) -> int:
-    return (flags | UdevFlags.PRIMARY_SOURCE) << _FLAGS_SHIFT | number
-
-
 def _checked(result: int) -> int:
     if result < 0:
         number = ctypes.get_errno()
@@ -113,12 +109,7 @@ class Cookie:
 
     def value(self, flags: UdevFlags) -> int:
         """What a command takes as its event number."""
-        return _value(flags, self.id)
-
-    @staticmethod
-    def bare(flags: UdevFlags) -> int:
-        """A value of no semaphore, to know an event by."""
-        return _value(flags, random.randint(1, _ID_MAX))  # noqa: S311 - a name, not a secret
+        return (flags | UdevFlags.PRIMARY_SOURCE) << _FLAGS_SHIFT | self.id
 
     def expect(self) -> None:
         """Before a command that will raise an event: wait for one more."""

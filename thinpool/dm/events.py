@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import select
+import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _POLL_SINCE: Final = (4, 37, 0)
+_threads: Final = threading.local()
 
 
 class DeviceEvents:
@@ -125,9 +127,11 @@ class DeviceEvent:
         number: the device number; ``node``: its kernel name's path, /dev/dm-N.
         name, uuid: as the rules found them; None where they did not (source ``kernel``).
         cookie: of the command that raised it; None for none.
+        sequence: the kernel's number of the event.
     """
 
     action: str
+    sequence: int
     number: int
     node: str
     name: str | None
@@ -148,13 +152,10 @@ class DeviceMonitor:
         Raises:
             UnsupportedHostError: libudev is not there.
         """
-        try:
-            # Late: libudev is loaded for those alone who need it.
-            import pyudev  # noqa: PLC0415
-        except ImportError as cause:
-            message = "udev's events cannot be heard: libudev is not installed"
-            raise errors.UnsupportedHostError(message, missing="libudev") from cause
-        self._monitor: Any = pyudev.Monitor.from_netlink(pyudev.Context(), source=source)
+        context = _context()
+        import pyudev  # noqa: PLC0415 - loads libudev, which few need
+
+        self._monitor: Any = pyudev.Monitor.from_netlink(context, source=source)
         self._monitor.filter_by("block")
         self._monitor.start()
 
@@ -182,11 +183,26 @@ class DeviceMonitor:
         self.close()
 
 
+def _context() -> Any:  # noqa: ANN401 - pyudev is untyped
+    """One a thread: libudev's are not thread-safe, and each takes a look at all libraries."""
+    context = getattr(_threads, "context", None)
+    if context is None:
+        try:
+            import pyudev  # noqa: PLC0415 - as above
+
+            context = _threads.context = pyudev.Context()
+        except ImportError as cause:
+            message = "udev's events cannot be heard: libudev is not installed"
+            raise errors.UnsupportedHostError(message, missing="libudev") from cause
+    return context
+
+
 def _event(device: Any) -> DeviceEvent:  # noqa: ANN401 - pyudev is untyped
     properties = device.properties
     cookie = properties.get("DM_COOKIE")
     return DeviceEvent(
         action=device.action,
+        sequence=device.sequence_number,
         number=device.device_number,
         node=f"/dev/{device.sys_name}",
         name=properties.get("DM_NAME"),

@@ -1,8 +1,10 @@
 """Waiting for udev around a command: who makes the node, and when a device is ready.
 
-Where udevd runs with the rules of device-mapper's own package, a cookie is waited for, and udevd
-makes the links under /dev/mapper. Where udevd runs without those rules, its events are listened
-to, and we make the nodes. Where it doesn't run, we make the nodes.
+Where udevd runs with our rules (``55-thinpool.rules``), or with none for device-mapper at all,
+its announcements are listened to. Where it runs with the rules of device-mapper's own package
+alone, those make no link unless a command carries a cookie, so a cookie is waited for; each costs
+udevd two processes. Where udevd doesn't run, there is nothing to wait for. In every case a node
+that is missing afterwards is made by us.
 """
 
 from __future__ import annotations
@@ -34,7 +36,11 @@ _RULE_DIRECTORIES: Final = (
     "/usr/lib/udev/rules.d",
     "/lib/udev/rules.d",
 )
+OWN_RULES: Final = "55-thinpool.rules"
 _COMPLETING_RULES: Final = "95-dm-notify.rules"
+_QUEUE: Final = "/run/udev/queue"
+"""Is there while udevd has something to do."""
+_SEQUENCE: Final = "/sys/kernel/uevent_seqnum"
 _OFF_VARIABLE: Final = "DM_DISABLE_UDEV"
 
 
@@ -52,8 +58,12 @@ class Wait(Protocol):
     event_nr: int
     """What the command takes."""
 
-    def finished(self, *, raised: bool) -> None:
+    def finished(self, number: int, *, raised: bool) -> None:
         """The command succeeded: wait until udevd is done, if an event was raised.
+
+        Args:
+            number: the device's.
+            raised: whether an event was raised.
 
         Raises:
             TimeoutError_: udevd is not.
@@ -78,9 +88,8 @@ def detect() -> UdevMode:
     """The way that works here."""
     if os.environ.get(_OFF_VARIABLE) == "1" or not is_running():
         return UdevMode.NONE
-    if rules_file(_COMPLETING_RULES) is None or not _semaphores():
-        return UdevMode.EVENTS
-    return UdevMode.COOKIES
+    cookies = rules_file(OWN_RULES) is None and rules_file(_COMPLETING_RULES) is not None
+    return UdevMode.COOKIES if cookies and _semaphores() else UdevMode.EVENTS
 
 
 def is_running() -> bool:
@@ -126,7 +135,7 @@ class _NoWait:
 
     event_nr = 0
 
-    def finished(self, *, raised: bool) -> None:
+    def finished(self, number: int, *, raised: bool) -> None:
         """Nothing to wait for."""
 
     def __enter__(self) -> Self:
@@ -152,7 +161,7 @@ class _CookieWait:
             ) from cause
         self.event_nr = self._cookie.value(flags)
 
-    def finished(self, *, raised: bool) -> None:
+    def finished(self, number: int, *, raised: bool) -> None:  # noqa: ARG002 - the cookie tells
         if not raised:
             self._cookie.forgo()
         deadline = time.monotonic() + self._seconds
@@ -171,27 +180,35 @@ class _CookieWait:
 
 
 class _EventWait:
-    """Udevd's own announcement of the event that it has finished with."""
+    """Udevd announces each event when it has finished with it, a device's in their order.
+
+    Ours is the first of the device that is younger than the command's beginning. Announcements
+    that were lost (a full socket) are made up for by udevd's queue: when that is empty, it is done.
+    """
+
+    event_nr = 0
 
     def __init__(self, device: str, seconds: float) -> None:
         self._device, self._seconds = device, seconds
-        # The value comes back with the event; nothing else uses it without rules.
-        self.event_nr = Cookie.bare(QUIET)
         self._monitor = DeviceMonitor()
+        self._before = 0
 
-    def finished(self, *, raised: bool) -> None:
+    def finished(self, number: int, *, raised: bool) -> None:
         deadline = time.monotonic() + self._seconds
         while raised:
             left = min(_SLICE_SECONDS, max(0.0, deadline - time.monotonic()))
             event = self._monitor.next_event(left)
-            if event is not None and event.cookie == self.event_nr:
-                return
-            if event is None and not is_running():
+            if event is None:
+                if not os.path.exists(_QUEUE) or not is_running():
+                    return
+            elif event.number == number and event.sequence > self._before:
                 return
             if time.monotonic() >= deadline:
                 raise _late(self._device, self._seconds)
 
     def __enter__(self) -> Self:
+        with open(_SEQUENCE, encoding="ascii") as file:
+            self._before = int(file.read())
         return self
 
     def __exit__(self, *_: object) -> None:
