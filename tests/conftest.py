@@ -9,6 +9,9 @@ A test that needs something of the host says so in one of two ways:
 its reason; capabilities named in ``THINPOOL_REQUIRE=fuse,loop`` fail it instead, so that no skip
 goes unseen where the host is meant to have them. A name that is no capability is an error.
 
+Tests marked ``dm`` run in a Debian kernel under QEMU where the host's has no device-mapper:
+``tests/guest.py``.
+
 Each session (each xdist worker) has a run directory and a root of its own, and its children carry
 its token in their environment. When it ends, no mount, loop device or process of its may be left.
 """
@@ -30,8 +33,9 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import hypothesis
 import pytest
+
+from tests import guest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -71,8 +75,8 @@ def _kernel_filesystem(name: str) -> str | None:
         lines = Path("/proc/filesystems").read_text().splitlines()
         return name in {line.split("\t")[-1] for line in lines}
 
-    if not known() and os.geteuid() == 0 and (modprobe := shutil.which("modprobe")):
-        subprocess.run([modprobe, "-q", name], check=False, stdin=subprocess.DEVNULL)
+    if not known():
+        _modprobe(name)
     return None if known() else f"this kernel has no {name}"
 
 
@@ -88,8 +92,44 @@ def _fuse() -> str | None:
     return _root() or _kernel_filesystem("fuse") or _device("/dev/fuse", os.O_RDWR)
 
 
+def _modprobe(name: str) -> None:
+    """Load a module that udev or a first use would, where there is such a program and module."""
+    if os.geteuid() == 0 and (modprobe := shutil.which("modprobe")):
+        subprocess.run([modprobe, "-q", name], check=False, stdin=subprocess.DEVNULL)
+
+
 def _loop() -> str | None:
+    if not Path("/dev/loop-control").exists():
+        _modprobe("loop")
     return _root() or _device("/dev/loop-control", os.O_RDWR)
+
+
+def _dm() -> str | None:
+    """A kernel with the thin-pool target, and the right to use it."""
+    if (lacking := _root()) is not None:
+        return lacking
+    if not Path("/sys/module/dm_thin_pool").exists():
+        _modprobe("dm-thin-pool")
+    if not Path("/sys/module/dm_thin_pool").exists():
+        return f"kernel {os.uname().release} has no thin-pool target"
+    return _device("/dev/mapper/control", os.O_RDWR)
+
+
+def _kernel_vm() -> str | None:
+    """What tools/kernel-run needs to boot a kernel of Debian's."""
+    if os.environ.get("KERNEL_RUN"):
+        return "this is a guest already"
+    lacking = _programs("qemu-system-x86_64", "busybox", "depmod", "mkfs.ext4")
+    if lacking is not None:
+        return lacking
+    folder = Path(os.environ.get("THINPOOL_KERNEL_DIR") or REPOSITORY / "build/kernel")
+    if not list(folder.glob("boot/vmlinuz-*")):
+        return f"no kernel unpacked in {folder} (tools/setup.sh fetches one)"
+    return None
+
+
+def _udev() -> str | None:
+    return None if Path("/run/udev/control").exists() else "no udevd runs"
 
 
 def _ext4() -> str | None:
@@ -126,19 +166,13 @@ def _docker() -> str | None:
     return None if int(found[1]) < 28 else f"{said.strip()} has no graph-driver plugins"
 
 
-def _dm() -> str | None:
-    """The kernel's thin-pool target, and the right to use it."""
-    from thinpool import dm  # noqa: PLC0415 - where it is broken, its tests say so
-
-    return _root() or dm.device_mapper()
-
-
 CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "dm": _dm,
     "docker": _docker,
     "ext4": _ext4,
     "fio": lambda: _programs("fio"),
     "fuse": _fuse,
+    "kernel_vm": _kernel_vm,
     "loop": _loop,
     "overlay": _overlay,
     "registry": lambda: _programs("docker-registry"),
@@ -146,6 +180,7 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "skopeo": lambda: _programs("skopeo"),
     "sparse": _punch,
     "thin_tools": lambda: _programs("thin_check", "thin_dump", "thin_restore"),
+    "udev": _udev,
     "xfs": _xfs,
 }
 
@@ -187,12 +222,6 @@ def _require_fixture() -> Callable[..., None]:
 
 # ---- the session ----------------------------------------------------------------------------
 
-hypothesis.settings.register_profile("dev", deadline=None)
-hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
-hypothesis.settings.register_profile(
-    "soak", deadline=None, max_examples=5000, stateful_step_count=200, print_blob=True
-)
-
 
 def _profile() -> str:
     return os.environ.get("THINPOOL_PROFILE") or ("ci" if os.environ.get("CI") else "dev")
@@ -208,8 +237,31 @@ def pytest_configure(config: pytest.Config) -> None:
     if _profile() not in {"dev", "ci", "soak"}:
         message = f"THINPOOL_PROFILE={_profile()}: it is dev, ci or soak"
         raise pytest.UsageError(message)
+    if config.pluginmanager.hasplugin("hypothesispytest"):
+        _choose_hypothesis_profile(config)
+    guest.configure(config)
+
+
+def _choose_hypothesis_profile(config: pytest.Config) -> None:
+    # Not at the top: in a guest, where it is not used, importing it takes four seconds.
+    from hypothesis import settings  # noqa: PLC0415
+
+    settings.register_profile("dev", deadline=None)
+    settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+    settings.register_profile(
+        "soak", deadline=None, max_examples=5000, stateful_step_count=200, print_blob=True
+    )
     if not config.getoption("--hypothesis-profile", default=None):
-        hypothesis.settings.load_profile(_profile())
+        settings.load_profile(_profile())
+
+
+def _dm_tests_run() -> str:
+    """Where tests that need device-mapper run, for people."""
+    if missing("dm") is None:
+        return "directly: this kernel has device-mapper"
+    if missing("kernel_vm") is None:
+        return f"in a Debian kernel under QEMU: {missing('dm')}"
+    return f"nowhere: {missing('dm')}; {missing('kernel_vm')}"
 
 
 def pytest_report_header() -> list[str]:
@@ -222,14 +274,47 @@ def pytest_report_header() -> list[str]:
     return [
         f"thinpool: {settings}",
         f"thinpool: this host lacks {'; '.join(lacking) if lacking else 'nothing'}",
+        f"thinpool: device-mapper tests run {_dm_tests_run()}",
     ]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that mount run one after another: one xdist group, whatever the number of workers."""
+def _runs_in_guest(item: pytest.Item) -> bool:
+    """Whether an item needs device-mapper, not to be had here but in a guest."""
+    if item.get_closest_marker("dm") is None or missing("kernel_vm") is not None:
+        return False
+    wants_udev = item.get_closest_marker("udev") is not None
+    return missing("dm") is not None or (wants_udev and missing("udev") is not None)
+
+
+def _apply_groups(items: list[pytest.Item]) -> None:
+    """Append groups to the node ids that xdist schedules by.
+
+    That is what xdist 3.8 means to do, but it writes to where pytest 9.2 no longer keeps an id.
+    """
     for item in items:
-        if any(item.get_closest_marker(name) for name in ("dm", "fuse", "loop")):
-            item.add_marker(pytest.mark.xdist_group("mounts"))
+        if (mark := item.get_closest_marker("xdist_group")) and hasattr(item, "_id"):
+            item._id = type(item.id).parse(f"{item.nodeid}@{mark.args[0]}")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist's, which reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that need device-mapper run one after another: in one guest, or in one worker."""
+    for item in items:
+        if _runs_in_guest(item):
+            guest.assign(item)
+        elif item.get_closest_marker("dm"):
+            item.add_marker(pytest.mark.xdist_group("dm"))
+    if hasattr(config, "workerinput") and config.getvalue("loadgroup"):
+        _apply_groups(items)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    """Run a test that needs device-mapper in a guest, where the host has none."""
+    if not _runs_in_guest(item):
+        return None
+    guest.run_item(item, nextitem)
+    return True
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -4,6 +4,7 @@
 # setup_packages PACKAGE...   installs them (root), or says how
 # setup_daemon PACKAGE...     the same, but starts no service, removes nothing, and may fail
 # setup_python EXTRA          .venv with thinpool in it; EXTRA is "" or "[dev]"
+# setup_kernel                a kernel of Debian's in build/kernel, for tools/kernel-run
 #
 # Everything that is not a Debian package stays inside this checkout (.venv, build). All of it may
 # run again: what is there already is kept.
@@ -104,5 +105,37 @@ setup_python() {
 		echo "building thinpool"
 		setup_pip --no-build-isolation --no-deps --force-reinstall .
 		printf '%s\n' "$sources" >"$VENV/sources"
+	fi
+}
+
+# The package is unpacked, not installed: 70 MB, 400 MB unpacked. Kept when there is one.
+setup_kernel() {
+	THINPOOL_KERNEL_DIR=${THINPOOL_KERNEL_DIR:-$PWD/build/kernel}
+	export THINPOOL_KERNEL_DIR
+	if ! ls "$THINPOOL_KERNEL_DIR"/boot/vmlinuz-* >/dev/null 2>&1; then
+		if ! command -v apt-get >/dev/null || [ "$(dpkg --print-architecture)" != amd64 ]; then
+			echo "no apt-get of an amd64 Debian here, so no kernel for tools/kernel-run: unpack a" \
+				"linux-image package of Debian's into $THINPOOL_KERNEL_DIR"
+			return 0
+		fi
+		package=$(apt-cache depends linux-image-amd64 2>/dev/null | sed -n 's/^ *Depends: //p' | head -n 1)
+		download="$THINPOOL_KERNEL_DIR.download"
+		rm -rf "$download" "$THINPOOL_KERNEL_DIR.new"
+		mkdir -p "$download"
+		if [ -z "$package" ] || ! (cd "$download" && apt-get download -q "$package"); then
+			echo "the kernel package ${package:-linux-image-amd64} cannot be fetched; going on without" \
+				"a kernel for tools/kernel-run"
+			rm -rf "$download"
+			return 0
+		fi
+		dpkg -x "$download"/*.deb "$THINPOOL_KERNEL_DIR.new"
+		rm -rf "$download" "$THINPOOL_KERNEL_DIR"
+		mv "$THINPOOL_KERNEL_DIR.new" "$THINPOOL_KERNEL_DIR"
+	fi
+	if [ "$(id -u)" = 0 ] && { [ -e /sys/module/dm_thin_pool ] || modprobe -q dm-thin-pool 2>/dev/null; }; then
+		echo "this kernel has device-mapper: tests that need it run directly"
+	else
+		echo "kernel $(uname -r) has no dm-thin-pool (or this is not root): tests that need it run in" \
+			"$(ls "$THINPOOL_KERNEL_DIR"/boot | grep -m 1 vmlinuz) under QEMU"
 	fi
 }

@@ -10,11 +10,14 @@ cd "$(dirname "$0")/.."
 
 echo "== packages"
 setup_packages $BUILD_PACKAGES git make thin-provisioning-tools e2fsprogs xfsprogs fio mount \
-	util-linux procps xz-utils zstd kmod skopeo groff-base busybox-static docker-registry
+	util-linux procps xz-utils zstd kmod skopeo groff-base busybox-static docker-registry \
+	qemu-system-x86 dmsetup udev btrfs-progs
 setup_daemon docker.io containerd
 if [ "$(id -u)" != 0 ]; then
 	echo "not root: what mounts (FUSE, loop devices, filesystems) is skipped and says so; the rest runs"
 fi
+echo "== kernel"
+setup_kernel
 echo "== python"
 setup_python '[dev]'
 echo "== C tests, the same under ASan and UBSan, then pytest (lint is among its tests)"

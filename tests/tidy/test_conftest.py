@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 CONFTEST = Path(__file__).resolve().parent.parent / "conftest.py"
+# For what the conftest imports of its neighbours.
+PYTHONPATH = f"{CONFTEST.parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
 
 
 def run_session(folder: Path, test_body: str, *arguments: str, **environment: str) -> str:
@@ -23,8 +25,8 @@ def run_session(folder: Path, test_body: str, *arguments: str, **environment: st
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-ra", "-p", "no:cacheprovider", "--import-mode=importlib",
          f"--basetemp={folder / 'base'}", *arguments, "test_it.py"],
-        cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
-        timeout=120,
+        cwd=folder, env={**os.environ, "PYTHONPATH": PYTHONPATH, **environment},
+        capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     return result.stdout + result.stderr
 
