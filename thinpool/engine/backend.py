@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
     from types import TracebackType
 
     from thinpool.model import VolumeId
@@ -169,6 +170,14 @@ class VolumeIO(Protocol):
 class PoolBackend(Protocol):
     """An open pool. Thread-safe; every method may block."""
 
+    @property
+    def atomic(self) -> bool:
+        """A crash during apply leaves all of it or nothing.
+
+        Else each change and the transaction id are commits of their own, in this order.
+        """
+        ...
+
     def status(self) -> PoolStatus:
         """State and counters."""
         ...
@@ -185,6 +194,10 @@ class PoolBackend(Protocol):
 
     def commit(self) -> None:
         """Make everything acknowledged before durable."""
+        ...
+
+    def quiet(self) -> AbstractContextManager[None]:
+        """Metadata on disk that is committed, and does not change while no volume is written."""
         ...
 
     def volumes(self) -> Iterator[VolumeInfo]:
@@ -233,6 +246,11 @@ class PoolBackend(Protocol):
 
     def wait_event(self, sequence: int, *, timeout_ms: int) -> int:
         """Wait until the mode, low water or the set of volumes changes; the new sequence."""
+        ...
+
+    @property
+    def closed(self) -> bool:
+        """It was closed."""
         ...
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from thinpool._native import ffi, lib
 from thinpool.engine.backend import (
@@ -50,6 +50,9 @@ def format_pool(
 
 class Pool(Handle):
     """An open pool; implements PoolBackend. Thread-safe."""
+
+    atomic: Final = True
+    """A change and the transaction id are one commit."""
 
     def __init__(
         self,
@@ -160,6 +163,12 @@ class Pool(Handle):
         """Make everything acknowledged before the call durable."""
         with self.in_call() as (pointer, err):
             check(lib.tp_pool_commit(pointer, err), err)
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Metadata on disk that is committed, and does not change while no volume is written."""
+        self.commit()
+        yield
 
     def wait_event(self, sequence: int, *, timeout_ms: int) -> int:
         """Wait until the mode, low water or the set of volumes changes; the new sequence."""
