@@ -30,14 +30,15 @@ LAYERS: dict[str, set[str]] = {
     "thinpool.check": BASE | {"thinpool._native", "thinpool.engine"},
     "thinpool.format": BASE | {"thinpool._native"},
     "thinpool.host": BASE,
-    "thinpool.dm": BASE | {"thinpool.host"},
+    "thinpool.dm": BASE | {"thinpool.check", "thinpool.engine", "thinpool.host"},
     "thinpool.store": BASE
-    | {"thinpool.check", "thinpool.engine", "thinpool.format", "thinpool.host"},
+    | {"thinpool.check", "thinpool.dm", "thinpool.engine", "thinpool.format", "thinpool.host"},
     "thinpool.oci": BASE | {"thinpool.host"},
     "thinpool.server": BASE
     | {
         "thinpool._native",
         "thinpool.check",
+        "thinpool.dm",
         "thinpool.engine",
         "thinpool.format",
         "thinpool.host",
@@ -47,6 +48,7 @@ LAYERS: dict[str, set[str]] = {
     | {
         "thinpool",
         "thinpool.check",
+        "thinpool.dm",
         "thinpool.engine",
         "thinpool.format",
         "thinpool.host",
