@@ -233,14 +233,18 @@ class Thinpool:
             pool: its name.
             settings: ``when-full``: queue or error; ``min-free``, ``autoextend-threshold``,
                 ``autoextend-percent``: percents such as ``10%``; ``low-water``: a size or a
-                percent.
+                percent; ``engine``: user, dm or auto, for a pool of which nothing is active.
 
         Raises:
             UsageError: an unknown key, or a value that cannot be.
         """
+        from thinpool.api import pools
         from thinpool.api import settings as known
 
-        values = known.parse_settings(settings, total=lambda: self.status(pool).data.total)
+        others = {key: text for key, text in settings.items() if key != known.ENGINE}
+        values = known.parse_settings(others, total=lambda: self.status(pool).data.total)
+        if known.ENGINE in settings:
+            pools.change_engine(self._session, pool, settings[known.ENGINE])
         return _pool_status(self._session.client(pool).call("configure", {"values": values}))
 
     def extend_pool(

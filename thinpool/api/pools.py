@@ -112,21 +112,41 @@ class PoolPlan:
 
 
 def choose_engine(engine: str) -> str:
-    """What ``auto`` stands for; decided once.
+    """What ``auto`` stands for: dm where the kernel has it and this user may use it, else user.
+
+    It is decided once, and recorded with the pool.
 
     Raises:
-        NotThereYetError: the dm engine.
+        UnsupportedHostError, NotPermittedError: dm was asked for, and this host lacks it, or this
+            user may not.
         UsageError: no engine.
     """
-    if engine in {"auto", "user"}:
+    if engine == "user":
         return "user"
-    if engine == "dm":
-        raise errors.NotThereYetError(
-            "the dm engine comes with a later version: use --engine user", what="engine dm"
+    if engine not in {"auto", "dm"}:
+        raise errors.UsageError(
+            f"the engine is auto, user or dm, not {engine}", what="engine", value=engine
         )
-    raise errors.UsageError(
-        f"the engine is auto, user or dm, not {engine}", what="engine", value=engine
-    )
+    try:
+        _require_kernel()
+    except (errors.UnsupportedHostError, errors.NotPermittedError):
+        if engine == "dm":
+            raise
+        return "user"
+    return "dm"
+
+
+def _require_kernel() -> None:
+    """See that the kernel has thin pools, and that this user may use them.
+
+    Raises:
+        UnsupportedHostError, NotPermittedError: not so.
+    """
+    from thinpool.dm.base import require_targets  # noqa: PLC0415 - where it is asked for alone
+    from thinpool.dm.client import DeviceMapper  # noqa: PLC0415 - likewise
+
+    with DeviceMapper() as mapper:
+        require_targets(mapper)
 
 
 # ---- create -----------------------------------------------------------------------------------
@@ -269,6 +289,11 @@ def _present_size(path: Path | None) -> int | None:
         os.close(descriptor)
 
 
+def stable_path(path: Path) -> str:
+    """A file's real path; a device's as it was given: its link stays, its number may change."""
+    return os.path.abspath(path) if _is_device(path) else str(path.resolve())  # noqa: PTH100
+
+
 def _is_device(path: Path | None) -> bool:
     return path is not None and path.exists() and stat.S_ISBLK(path.stat().st_mode)
 
@@ -351,10 +376,10 @@ def _make_files(
     return PoolConfig(
         name=plan.name,
         uuid=poolfile.new_uuid(),
-        engine="user",
+        engine=choose_engine(plan.engine),
         block_size=plan.block_size,
-        data=str(directory / "data" if owns else data.resolve()),
-        metadata=str(directory / "metadata" if owns else metadata.resolve()),
+        data=str(directory / "data") if owns else stable_path(data),
+        metadata=str(directory / "metadata") if owns else stable_path(metadata),
         owns_files=owns,
         state=poolfile.CREATING,
         created=format_time(datetime.now(UTC)),
@@ -485,7 +510,7 @@ def attach_pool(
 ) -> PoolStatus:
     """Adopt a pool that is there."""
     parse_pool_name(name)
-    choose_engine(engine)
+    engine = choose_engine(engine)
     _refuse_existing(session, name)
     for path in (data, metadata):
         if not path.exists():
@@ -499,10 +524,10 @@ def attach_pool(
         config = PoolConfig(
             name=name,
             uuid=poolfile.new_uuid(),
-            engine="user",
+            engine=engine,
             block_size=_block_size(data, metadata),
-            data=str(data.resolve()),
-            metadata=str(metadata.resolve()),
+            data=stable_path(data),
+            metadata=stable_path(metadata),
             owns_files=data.resolve().parent == metadata.resolve().parent == directory.resolve(),
             state=poolfile.CREATING,
             created=format_time(datetime.now(UTC)),
@@ -566,7 +591,48 @@ def detach_pool(session: Session, name: str) -> None:
     """Forget a pool."""
     client = session.client(name)
     with client.stopped():
+        refuse_in_kernel(client.config())
         forget_directory(client.directory)
+    session.forget(name)
+
+
+def refuse_in_kernel(config: PoolConfig) -> None:
+    """A server that ended could leave its pool with the kernel, where somebody had a device open.
+
+    Raises:
+        BusyError: so it did.
+    """
+    if config.engine != "dm":
+        return
+    from thinpool.dm import names  # noqa: PLC0415 - for pools of this engine alone
+    from thinpool.dm.client import DeviceMapper  # noqa: PLC0415 - likewise
+
+    with DeviceMapper() as mapper:
+        for entry in mapper.devices(uuid_prefix=names.prefix_of(config.uuid)):
+            raise errors.BusyError(
+                f"pool {config.name} is in use by the kernel as {entry.name}: close what has that "
+                "open, and ask again",
+                holder=entry.name,
+                device=entry.name,
+                pool=config.name,
+            )
+
+
+def change_engine(session: Session, name: str, engine: str) -> None:
+    """Let the other engine serve a pool from now on. Both read and write the same metadata.
+
+    Raises:
+        BusyError: something is active in it.
+        UnsupportedHostError, NotPermittedError: dm was asked for, and cannot be had.
+    """
+    client = session.client(name)
+    chosen = choose_engine(engine)
+    if client.config().engine == chosen:
+        return
+    with client.stopped():
+        config = client.config()
+        refuse_in_kernel(config)
+        poolfile.write_config(session.root, config.changed(engine=chosen))
     session.forget(name)
 
 
@@ -590,6 +656,7 @@ def remove_pool(session: Session, name: str) -> None:
             pool=name,
         )
     with client.stopped():
+        refuse_in_kernel(config)
         remove_directory(client.directory, config)
     if not config.owns_files:
         Path(f"{config.metadata}.names.json").unlink(missing_ok=True)

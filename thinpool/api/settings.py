@@ -10,6 +10,9 @@ from thinpool.units import parse_size
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+ENGINE: Final = "engine"
+"""Not of the running pool: the server ends, and the next one is the other engine's."""
+
 _PERCENT: Final = 100.0
 
 
@@ -42,7 +45,7 @@ def parse_settings(settings: Mapping[str, str], *, total: Callable[[], int]) -> 
             case _:
                 raise errors.UsageError(
                     f"there is no setting {key}: there are when-full, min-free, low-water, "
-                    "autoextend-threshold and autoextend-percent",
+                    "autoextend-threshold, autoextend-percent and engine",
                     what="setting",
                     value=key,
                 )

@@ -79,10 +79,11 @@ def make_service(context: WorkerContext) -> PoolService:
     service = PoolService(
         context.root,
         context.config,
-        context.pool,
-        metadata=context.pool.metadata,
-        data=context.pool.data,
+        context.opened.pool,
+        metadata=context.opened.metadata,
+        data=context.opened.data,
         served=context.served if context.server is not None else None,
+        devices=context.devices,
         freezer=LinkFreezer(context.link),
     )
     try:

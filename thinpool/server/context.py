@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     import socket
     from pathlib import Path
 
-    from thinpool.engine import Pool, Volume
+    from thinpool.engine import Pool, PoolBackend, Volume
     from thinpool.model import VolumeId
     from thinpool.server.control import SupervisorLink
     from thinpool.server.fuse_server import FuseServer
+    from thinpool.store.devices import DeviceMaker
+    from thinpool.store.opening import OpenPool
     from thinpool.store.poolfile import PoolConfig
 
 
@@ -183,9 +185,10 @@ class WorkerContext:
         root: of the pools.
         config: pool.json.
         listen: a listening unix socket; connections wait in it while workers are replaced.
-        pool: the open pool.
-        served: its volumes that have files.
+        opened: the open pool, and the devices under it.
+        served: its volumes that have files; None of the kernel's pools, which need none.
         server: the FUSE server; None where there is no FUSE.
+        devices: makes its volumes' block devices; None for loop devices over files.
         link: to the supervisor: freezing, and saying what happens.
         linger: seconds.
         restarted: a worker before this one died.
@@ -195,10 +198,16 @@ class WorkerContext:
     root: Path
     config: PoolConfig
     listen: socket.socket
-    pool: Pool
-    served: ServedVolumes
+    opened: OpenPool[PoolBackend]
+    served: ServedVolumes | None
     server: FuseServer | None
+    devices: DeviceMaker | None
     link: SupervisorLink
     linger: float
     restarted: bool
     stopping: asyncio.Event = field()
+
+    @property
+    def pool(self) -> PoolBackend:
+        """The open pool."""
+        return self.opened.pool

@@ -161,6 +161,7 @@ class Supervisor:
         self._program = program
         self._files = files
         self._config: PoolConfig = read_config(root, pool)
+        self._kernel = self._config.engine == "dm"
         self._directory = pool_directory(root, pool)
         self._mount_point = (run_directory(root) / "fuse" / self._config.uuid).absolute()
         self._undo = contextlib.ExitStack()
@@ -187,7 +188,7 @@ class Supervisor:
             ThinpoolError: as the host says.
         """
         self._lock(self._config.metadata)
-        if _is_block_device(self._config.data):
+        if _is_block_device(self._config.data) and not self._kernel:
             self._lock(self._config.data, only_claim=True)
         for line in clear_stale(self._mount_point):
             process.log(f"supervisor: left by a server that died: {line}")
@@ -203,8 +204,8 @@ class Supervisor:
     def _lock(self, path: str, *, only_claim: bool = False) -> None:
         """For as long as this process lives; a block device is claimed against mounts and dm."""
         flags = os.O_RDONLY if self._config.read_only else os.O_RDWR
-        if _is_block_device(path):
-            flags |= os.O_EXCL
+        if _is_block_device(path) and not self._kernel:
+            flags |= os.O_EXCL  # the kernel claims those of its pools itself
         holder = f"pool {self._config.name}: {path} is in use"
         try:
             fd = os.open(path, flags | os.O_CLOEXEC)
@@ -257,6 +258,8 @@ class Supervisor:
 
     def _mount(self) -> None:
         """Where this host or this user cannot, the server works without files."""
+        if self._kernel:
+            return  # its volumes are devices of the kernel's
         if not self._files or os.geteuid() != 0 or not Path("/dev/fuse").exists():
             process.log("supervisor: no FUSE here: volumes cannot be activated")
             return

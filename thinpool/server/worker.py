@@ -27,12 +27,17 @@ from thinpool.server import control, process
 from thinpool.server.context import ServedVolumes, WorkerContext
 from thinpool.server.fuse_server import FuseServer, slots_size
 from thinpool.server.shm import REDO_BYTES, ServedTable
-from thinpool.store.opening import OpenPool, open_pool
+from thinpool.store.dmdevices import DmDevices
+from thinpool.store.opening import OpenPool, open_dm_pool, open_pool
 from thinpool.store.poolfile import PoolConfig, read_config
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Awaitable, Callable, Iterator
+
+    from thinpool.dm.engine import DmPool
+    from thinpool.engine import Pool
+    from thinpool.store.devices import DeviceMaker
 
 DEFAULT_LINGER: Final = 30.0
 _STOP_SECONDS: Final = 10.0
@@ -71,6 +76,8 @@ class DataPlane:
         mount_point: where the files are.
     """
 
+    devices: DeviceMaker | None = None
+
     def __init__(
         self,
         config: PoolConfig,
@@ -85,7 +92,7 @@ class DataPlane:
         self._redo = mmap.mmap(redo_fd, REDO_BYTES)
         self._table = ServedTable(table_fd)
         self.disconnected = False
-        self.opened: OpenPool = open_pool(config, redo_memory=self._redo)
+        self.opened: OpenPool[Pool] = open_pool(config, redo_memory=self._redo)
         self.server: FuseServer | None = None
         if fuse_fds:
             if not os.fstat(slots_fd).st_size:
@@ -129,6 +136,33 @@ class DataPlane:
         self._redo.close()
 
 
+class KernelPlane:
+    """The open pool of the kernel's. Its data plane is the kernel, and outlives this process.
+
+    Args:
+        config: pool.json.
+    """
+
+    served = None
+    server = None
+    disconnected = False
+
+    def __init__(self, config: PoolConfig) -> None:
+        """Give the pool to the kernel, or take over what a predecessor gave it."""
+        self.opened: OpenPool[DmPool] = open_dm_pool(config)
+        self.devices: DeviceMaker = DmDevices.maker(self.opened.pool)
+
+    def on_disconnect(self, callback: Callable[[], None]) -> None:
+        """Nothing ends it but this process."""
+
+    def close(self) -> None:
+        """Take the pool from the kernel, unless a volume of it has a device."""
+        try:
+            self.opened.close()
+        except errors.ThinpoolError as error:
+            process.log(f"worker: the pool stays with the kernel: {error.message}")
+
+
 def _program(name: str) -> Callable[[WorkerContext], Awaitable[None]]:
     import importlib  # noqa: PLC0415 - after the data plane runs
 
@@ -161,24 +195,17 @@ class Worker:
         started = time.monotonic()
         try:
             config = read_config(arguments.root, arguments.pool)
-            wait_for_last_io(config.data)
-            plane = DataPlane(
-                config,
-                fuse_fds=arguments.fuse_fds,
-                slots_fd=arguments.slots_fd,
-                redo_fd=arguments.redo_fd,
-                table_fd=arguments.table_fd,
-                mount_point=arguments.mount_point,
-            )
+            plane = self._open(config)
         except errors.ThinpoolError as error:
             self.link.failed(error)
             process.log(f"worker: {error.message}")
             return 1
         self.link.answering()
-        if arguments.restarted:
-            process.log(_taken_over(plane, time.monotonic() - started))
-        for entry, reason in plane.served.lost:
-            process.log(f"worker: volume {entry.id} is no longer served: {reason.message}")
+        if isinstance(plane, DataPlane):
+            if arguments.restarted:
+                process.log(_taken_over(plane, time.monotonic() - started))
+            for entry, reason in plane.served.lost:
+                process.log(f"worker: volume {entry.id} is no longer served: {reason.message}")
         try:
             code = self._serve_until_done(plane, config)
         finally:
@@ -186,7 +213,21 @@ class Worker:
                 plane.close()
         return code
 
-    def _serve_until_done(self, plane: DataPlane, config: PoolConfig) -> int:
+    def _open(self, config: PoolConfig) -> DataPlane | KernelPlane:
+        if config.engine == "dm":
+            return KernelPlane(config)
+        arguments = self._arguments
+        wait_for_last_io(config.data)
+        return DataPlane(
+            config,
+            fuse_fds=arguments.fuse_fds,
+            slots_fd=arguments.slots_fd,
+            redo_fd=arguments.redo_fd,
+            table_fd=arguments.table_fd,
+            mount_point=arguments.mount_point,
+        )
+
+    def _serve_until_done(self, plane: DataPlane | KernelPlane, config: PoolConfig) -> int:
         """Run the program, again if need be; the exit code.
 
         A program that fails (a catalogue that cannot be written since the host's disk is full,
@@ -197,7 +238,7 @@ class Worker:
             try:
                 by_itself = self._serve_clients(plane, config)
             except Exception as error:
-                if self._ended.is_set() or plane.disconnected or not plane.served.entries():
+                if self._ended.is_set() or plane.disconnected or not _serves(plane):
                     if isinstance(error, errors.ThinpoolError):
                         self.link.failed(error)
                     raise
@@ -208,10 +249,10 @@ class Worker:
             if plane.disconnected:
                 return control.EXIT_DISCONNECTED
             # With volumes served it cannot be done; whatever it thinks, they need a successor.
-            done = by_itself and not plane.served.entries()
+            done = by_itself and not _serves(plane)
             return control.EXIT_DONE if done else control.EXIT_REPLACE
 
-    def _serve_clients(self, plane: DataPlane, config: PoolConfig) -> bool:
+    def _serve_clients(self, plane: DataPlane | KernelPlane, config: PoolConfig) -> bool:
         """Run the program; whether it ended by itself, the pool being no longer used."""
         import asyncio  # noqa: PLC0415 - after the data plane runs
 
@@ -232,9 +273,10 @@ class Worker:
                 root=self._arguments.root,
                 config=config,
                 listen=socket.socket(fileno=os.dup(self._arguments.listen_fd)),
-                pool=plane.opened.pool,
+                opened=plane.opened,
                 served=plane.served,
                 server=plane.server,
+                devices=plane.devices,
                 link=self.link,
                 linger=float(os.environ.get("THINPOOL_LINGER", DEFAULT_LINGER)),
                 restarted=self._arguments.restarted,
@@ -270,6 +312,11 @@ async def _run_until_stopped(program: Awaitable[None], stopping: asyncio.Event) 
                 await each
     if not task.cancelled():
         task.result()
+
+
+def _serves(plane: DataPlane | KernelPlane) -> bool:
+    """Whether volumes would stop working without a worker."""
+    return plane.served is not None and bool(plane.served.entries())
 
 
 def _taken_over(plane: DataPlane, seconds: float) -> str:

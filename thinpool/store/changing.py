@@ -104,8 +104,7 @@ class Changing(PoolCore):
         return self._volume(record)
 
     def _resize_open(self, record: Record, size: int) -> None:
-        if self._catalogue.activation(record.id) is not None and self._served is not None:
-            self._served.resize(record.id, size)
+        if self._devices.resize(record, size):
             return
         handle = self._volumes.find(record.id)
         if handle is not None:

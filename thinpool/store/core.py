@@ -36,9 +36,9 @@ from thinpool.store.catalogue import (
     Record,
 )
 from thinpool.store.crashpoint import reached
-from thinpool.store.devices import Devices
+from thinpool.store.devices import LoopDevices
 from thinpool.store.locks import TimedLock, VolumeLocks
-from thinpool.store.reconcile import reconcile
+from thinpool.store.reconcile import reconcile, settle_intent
 from thinpool.store.volumes import OpenVolumes
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from thinpool.engine import BlockDevice, PoolBackend
     from thinpool.host.mountinfo import NamespaceMount
     from thinpool.model import VolumeId
-    from thinpool.store.devices import Served
+    from thinpool.store.devices import DeviceMaker, Served
     from thinpool.store.poolfile import PoolConfig
 
 logger = logging.getLogger(__name__)
@@ -101,6 +101,7 @@ class PoolCore:
         metadata: the device under it, for readers of mappings and for growth.
         data: likewise.
         served: serves volumes as files; None where that cannot be.
+        devices: makes block devices of volumes; None for loop devices over those files.
         freezer: None where nothing can be frozen.
     """
 
@@ -113,6 +114,7 @@ class PoolCore:
         metadata: BlockDevice,
         data: BlockDevice,
         served: Served | None = None,
+        devices: DeviceMaker | None = None,
         freezer: Freezer | None = None,
     ) -> None:
         """Open the catalogue; start() does the rest."""
@@ -121,12 +123,13 @@ class PoolCore:
         self._pool = pool
         self._metadata = metadata
         self._data = data
-        self._served = served
         self._freezer = freezer
         self._directory = poolfile.pool_directory(root, config.name)
         self._catalogue = Catalogue(self._directory / poolfile.CATALOGUE)
-        self._volumes = OpenVolumes(pool, served, read_only=config.read_only)
-        self._devices = Devices(root, config.name, self._catalogue, served)
+        if devices is None:
+            devices = LoopDevices.maker(served)
+        self._devices = devices(root, config.name, self._catalogue)
+        self._volumes = OpenVolumes(pool, self._devices, read_only=config.read_only)
         self._lock = TimedLock(f"pool {config.name}")
         self._locks = VolumeLocks()
         self._stop = threading.Event()
@@ -340,8 +343,8 @@ class PoolCore:
         except BaseException:
             # A pool that takes no more changes may have written the commit or not: the intent
             # stays, and the next open tells.
-            if self._pool.status().mode in {PoolMode.RW, PoolMode.OUT_OF_DATA_SPACE}:
-                self._catalogue.drop_intent()
+            if self._can_change:
+                settle_intent(self._catalogue, self._pool)
             raise
         reached("applied")
         self._catalogue.complete_intent(intent)
@@ -373,10 +376,11 @@ class PoolCore:
                     f"pool {self._config.name} is read-only", pool=self._config.name
                 )
             mapped = sum(self._pool.volume_info(record.id).mapped_blocks for record in there)
-            big = mapped > _BIG_DELETE_BLOCKS
+            big = mapped > _BIG_DELETE_BLOCKS or not self._pool.atomic
             if gone or big:
-                # A big one is emptied in several transactions of the pool. Once that has begun
-                # there is no way back, so the decision is recorded before.
+                # Several transactions of the pool: a big one is emptied in steps, and the kernel
+                # commits each deletion by itself. Once that has begun there is no way back, so
+                # the decision is recorded before.
                 there = self._decide_removal(gone, there, request=request)
                 request = None
             if not big and there:
@@ -441,8 +445,8 @@ class PoolCore:
                 yield False  # nobody writes it
                 return
             if len(self._volumes) == 0 and not self._catalogue.activations():
-                self._pool.commit()
-                yield False
+                with self._pool.quiet():
+                    yield False
                 return
             self._hold_metadata_snapshot()
         try:

@@ -1,8 +1,10 @@
-"""From a volume to a block device: a file of the FUSE server, a loop device over it, a stable link.
+"""From a volume to a block device with a stable link, whichever engine makes it.
 
-Three things record an activation: the catalogue, the table of files that workers hand on, and the
-loop device itself. They are written in this order on the way up and in the reverse on the way
-down, so whatever a crash leaves is seen by comparing them, and taken down.
+Of the user engine: a file of the FUSE server, and a loop device over it. Three things record an
+activation: the catalogue, the table of files that workers hand on, and the loop device itself. They
+are written in this order on the way up and in the reverse on the way down, so whatever a crash
+leaves is seen by comparing them, and taken down. The kernel's volumes are in
+``thinpool.store.dmdevices``.
 
 Thread-safe for different volumes; the caller holds the volume's lock.
 """
@@ -11,9 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
 from thinpool import errors
 from thinpool.host import loop, mountinfo
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
     from thinpool.store.catalogue import Catalogue, Record
 
 _DEFAULT_MODE = 0o660
+
+EXTERNAL_ORIGIN: Final = "external-origin"
+"""The label of volumes that have one: the block device that is read where nothing is mapped."""
 
 
 class ServedFile(Protocol):
@@ -76,13 +82,13 @@ class Device:
     Attributes:
         path: the stable link; ``node``: where it points now.
         number: ``major:minor``.
-        file: in the FUSE mount.
+        file: in the FUSE mount; None of the kernel's.
     """
 
     path: str
     node: str
     number: str
-    file: str
+    file: str | None
 
     @property
     def device_number(self) -> int:
@@ -91,47 +97,108 @@ class Device:
         return os.makedev(int(major), int(minor))
 
 
-class Devices:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """How a volume is to be activated.
+
+    Attributes:
+        read_only: it takes no writes.
+        by_mount: mount asks, so the last umount takes it down.
+        owner, mode: who may use the node.
+        origin: the external origin below it, a block device's path.
+    """
+
+    read_only: bool
+    by_mount: bool = False
+    owner: tuple[int, int] | None = None
+    mode: int | None = None
+    origin: str | None = None
+
+
+class DeviceMaker(Protocol):
+    """Makes the devices of a pool whose catalogue is open."""
+
+    def __call__(self, root: Path, pool: str, catalogue: Catalogue) -> Devices:
+        """Of a pool under a root."""
+        ...
+
+
+class Devices(ABC):
     """The block devices of one pool.
 
     Args:
         root: of the pools.
         pool: its name.
         catalogue: where activations are recorded.
-        served: the files; None where this host or this user can have none.
     """
 
-    def __init__(self, root: Path, pool: str, catalogue: Catalogue, served: Served | None) -> None:
+    suspends: ClassVar[bool] = False
+    """The engine itself brings an active origin to rest, its filesystem too, for a snapshot."""
+
+    def __init__(self, root: Path, pool: str, catalogue: Catalogue) -> None:
         """Nothing is made yet."""
         self._pool = pool
         self._catalogue = catalogue
-        self._served = served
         self._run = RunDirectory.of_root(root)
 
-    def require(self, record: Record) -> Served:
-        """What serves files.
+    # ---- what each engine does its own way --------------------------------------------------
 
-        Raises:
-            UnsupportedHostError: nothing does here.
-        """
-        if self._served is None:
-            raise errors.UnsupportedHostError(
-                "volumes cannot be activated or mounted here: that needs FUSE, loop devices and "
-                "the right to mount; run as root on a host that has them, or read and write "
-                "volumes through the API",
-                missing="fuse",
-            )
-        self._served.path(record.id)
-        return self._served
-
-    # ---- what is there ----------------------------------------------------------------------
-
+    @abstractmethod
     def find(self, record: Record) -> Device | None:
         """The device of an active volume."""
-        activation = self._catalogue.activation(record.id)
-        if activation is None or activation.loop is None or self._served is None:
-            return None
-        return self._device(record, activation.loop, self._served)
+
+    @abstractmethod
+    def attach(self, record: Record, wanted: Wanted) -> Device:
+        """Make the device of a volume that is not open. On failure nothing of it is left."""
+
+    @abstractmethod
+    def detach(self, record: Record, *, deferred: bool = False) -> bool:
+        """Take the device down.
+
+        Args:
+            record: of the volume.
+            deferred: one that is in use goes when its last user lets go of it.
+
+        Returns:
+            Whether it is gone.
+
+        Raises:
+            BusyError: it is mounted or open; everything stays.
+        """
+
+    @abstractmethod
+    def open_active(self, record: Record) -> tuple[VolumeIO, bool] | None:
+        """An active volume for reading beside its device; None when it is not active.
+
+        Returns:
+            The volume, and whether whoever gets it closes it.
+        """
+
+    @abstractmethod
+    def resize(self, record: Record, size: int) -> bool:
+        """Let an active volume have another size; False when it is not active."""
+
+    @abstractmethod
+    def resized(self, record: Record) -> None:
+        """Let the device follow the volume's size, which is recorded by now."""
+
+    @abstractmethod
+    def sweep(self) -> None:
+        """Take down what no activation tells of, so that the catalogue can be mended."""
+
+    @abstractmethod
+    def restore(self) -> list[str]:
+        """Take down what is only half there; what was whole works again by now.
+
+        Returns:
+            The names of volumes that are not active any more.
+        """
+
+    @abstractmethod
+    def _node(self, activation: ActivationRecord) -> str | None:
+        """Where the link of an active volume leads."""
+
+    # ---- what is the same -------------------------------------------------------------------
 
     def mounts(self, device: Device) -> list[mountinfo.NamespaceMount]:
         """Where it is mounted, in every namespace that can be seen."""
@@ -151,80 +218,175 @@ class Devices:
                 found.setdefault(entry.device, []).append(entry.mount_point)
         return found
 
-    def _device(self, record: Record, number: int, served: Served) -> Device:
+    def _activation(self, record: Record, wanted: Wanted) -> ActivationRecord:
+        """The record of a device that is about to be made."""
+        return ActivationRecord(
+            id=record.id,
+            read_only=wanted.read_only,
+            generation=self._catalogue.next_generation(),
+            loop=None,
+            sequence=None,
+            by_mount=wanted.by_mount,
+            settings={"owner": wanted.owner, "mode": wanted.mode},
+        )
+
+    def _hand_out(self, record: Record, node: str, wanted: Wanted) -> None:
+        """Let its owner use a node, and a link lead to it."""
+        if wanted.owner is not None or wanted.mode is not None:
+            user, group = wanted.owner if wanted.owner is not None else (None, None)
+            mode = wanted.mode if wanted.mode is not None else _DEFAULT_MODE
+            set_node_access(node, owner=user, group=group, mode=mode)
+        self._run.link_device(self._pool, record.name, node)
+
+    def _link(self, record: Record, node: str) -> str:
+        """The stable path; the node itself where a link could not be."""
         link = self._run.device_link(self._pool, record.name)
+        return str(link) if link is not None else node
+
+    def _restore_links(self, whole: set[VolumeId]) -> None:
+        wanted = {}
+        for volume_id in whole:
+            record = self._catalogue.by_id(volume_id)
+            activation = self._catalogue.activation(volume_id)
+            node = self._node(activation) if activation is not None else None
+            if record is not None and node is not None:
+                wanted[record.name] = node
+        present = self._run.device_links(self._pool)
+        for name in present.keys() - wanted.keys():
+            self._run.unlink_device(self._pool, name)
+        for name, node in wanted.items():
+            if present.get(name) != node:
+                self._run.link_device(self._pool, name, node)
+
+    def renamed(self, old: str, record: Record) -> None:
+        """Let the link follow a new name."""
+        activation = self._catalogue.activation(record.id)
+        node = self._node(activation) if activation is not None else None
+        if node is not None:
+            self._run.link_device(self._pool, record.name, node)
+            self._run.unlink_device(self._pool, old)
+
+    def forget(self) -> None:
+        """Drop what links are left: the server ends."""
+        self._run.forget_pool(self._pool)
+
+
+class LoopDevices(Devices):
+    """The user engine's: loop devices over the files that a server serves.
+
+    Args:
+        root: of the pools.
+        pool: its name.
+        catalogue: where activations are recorded.
+        served: the files; None where this host or this user can have none.
+    """
+
+    def __init__(self, root: Path, pool: str, catalogue: Catalogue, served: Served | None) -> None:
+        """Nothing is made yet."""
+        super().__init__(root, pool, catalogue)
+        self._served = served
+
+    @classmethod
+    def maker(cls, served: Served | None) -> DeviceMaker:
+        """For a pool whose catalogue is not open yet."""
+
+        def make(root: Path, pool: str, catalogue: Catalogue) -> Devices:
+            return cls(root, pool, catalogue, served)
+
+        return make
+
+    def require(self, record: Record) -> Served:
+        """What serves files.
+
+        Raises:
+            UnsupportedHostError: nothing does here.
+        """
+        if self._served is None:
+            raise errors.UnsupportedHostError(
+                "volumes cannot be activated or mounted here: that needs FUSE, loop devices and "
+                "the right to mount; run as root on a host that has them, or read and write "
+                "volumes through the API",
+                missing="fuse",
+            )
+        self._served.path(record.id)
+        return self._served
+
+    def find(self, record: Record) -> Device | None:
+        """The device of an active volume."""
+        activation = self._catalogue.activation(record.id)
+        if activation is None or activation.loop is None or self._served is None:
+            return None
+        return self._device(record, activation.loop, self._served)
+
+    def _device(self, record: Record, number: int, served: Served) -> Device:
         node = f"/dev/loop{number}"
         return Device(
-            path=str(link) if link is not None else node,
+            path=self._link(record, node),
             node=node,
             number=f"{loop.LOOP_MAJOR}:{number}",
             file=str(served.path(record.id)),
         )
 
+    def _node(self, activation: ActivationRecord) -> str | None:
+        return None if activation.loop is None else f"/dev/loop{activation.loop}"
+
+    def open_active(self, record: Record) -> tuple[VolumeIO, bool] | None:
+        """The volume that is served; it stays open."""
+        volume = self._served.volume(record.id) if self._served is not None else None
+        return None if volume is None else (volume, False)
+
     # ---- up ---------------------------------------------------------------------------------
 
-    def attach(
-        self,
-        record: Record,
-        *,
-        read_only: bool,
-        by_mount: bool,
-        owner: tuple[int, int] | None,
-        mode: int | None,
-    ) -> Device:
+    def attach(self, record: Record, wanted: Wanted) -> Device:
         """Make the device of a volume that is not open. On failure nothing of it is left."""
         served = self.require(record)
-        activation = ActivationRecord(
-            id=record.id,
-            read_only=read_only,
-            generation=self._catalogue.next_generation(),
-            loop=None,
-            sequence=None,
-            by_mount=by_mount,
-            settings={"owner": owner, "mode": mode},
-        )
+        if wanted.origin is not None:
+            raise errors.UnsupportedHostError(
+                f"{record.name} has an external origin, which the user engine does not read: "
+                "use a pool of the dm engine",
+                missing="external origins",
+                name=record.name,
+            )
+        activation = self._activation(record, wanted)
         with contextlib.ExitStack() as undo:
             self._catalogue.put_activation(activation)
             undo.callback(self._catalogue.delete_activation, record.id)
             file = served.add(
-                record.id, size=record.size, read_only=read_only, generation=activation.generation
+                record.id,
+                size=record.size,
+                read_only=wanted.read_only,
+                generation=activation.generation,
             )
             undo.callback(served.remove, record.id)
-            device = loop.attach(file, read_only=read_only)
+            device = loop.attach(file, read_only=wanted.read_only)
             undo.callback(loop.detach, device)
             activation = replace(activation, loop=device.number, sequence=device.sequence)
             self._catalogue.put_activation(activation)
-            if owner is not None or mode is not None:
-                user, group = owner if owner is not None else (None, None)
-                set_node_access(
-                    device.path,
-                    owner=user,
-                    group=group,
-                    mode=mode if mode is not None else _DEFAULT_MODE,
-                )
-            self._run.link_device(self._pool, record.name, device.path)
+            self._hand_out(record, device.path, wanted)
             undo.pop_all()
         return self._device(record, device.number, served)
 
     # ---- down -------------------------------------------------------------------------------
 
-    def detach(self, record: Record) -> None:
-        """Take the device down.
-
-        Raises:
-            BusyError: it is mounted or open; everything stays.
-        """
+    def detach(self, record: Record, *, deferred: bool = False) -> bool:
+        """Take the device down; one that is in use has to be let go of first."""
         activation = self._catalogue.activation(record.id)
         if activation is None:
-            return
+            return True
         standing = self._standing(activation)
         if standing is not None:
-            loop.detach(standing)
+            try:
+                loop.detach(standing)
+            except errors.BusyError:
+                if deferred:
+                    return False
+                raise
         self._run.unlink_device(self._pool, record.name)
         if self._served is not None:
             with contextlib.suppress(errors.NotFoundError):
                 self._served.remove(record.id)
         self._catalogue.delete_activation(record.id)
+        return True
 
     def _standing(self, activation: ActivationRecord) -> loop.LoopDevice | None:
         """The loop device, if it is still the one that was attached."""
@@ -236,6 +398,9 @@ class Devices:
         return found
 
     # ---- after a crash ----------------------------------------------------------------------
+
+    def sweep(self) -> None:
+        """Nothing: files and devices that no activation tells of are in nobody's way."""
 
     def restore(self) -> list[str]:
         """Take down what is only half there; what was whole is served again by now.
@@ -272,35 +437,17 @@ class Devices:
                 loop.detach(device)
         self._served.remove(volume_id)
 
-    def _restore_links(self, whole: set[VolumeId]) -> None:
-        wanted = {}
-        for volume_id in whole:
-            record = self._catalogue.by_id(volume_id)
-            activation = self._catalogue.activation(volume_id)
-            if record is not None and activation is not None:
-                wanted[record.name] = f"/dev/loop{activation.loop}"
-        present = self._run.device_links(self._pool)
-        for name in present.keys() - wanted.keys():
-            self._run.unlink_device(self._pool, name)
-        for name, node in wanted.items():
-            if present.get(name) != node:
-                self._run.link_device(self._pool, name, node)
-
     # ---- changes ----------------------------------------------------------------------------
 
-    def renamed(self, old: str, record: Record) -> None:
-        """Let the link follow a new name."""
-        activation = self._catalogue.activation(record.id)
-        if activation is not None and activation.loop is not None:
-            self._run.link_device(self._pool, record.name, f"/dev/loop{activation.loop}")
-            self._run.unlink_device(self._pool, old)
+    def resize(self, record: Record, size: int) -> bool:
+        """Let the file of an active volume have another size."""
+        if self._served is None or self._catalogue.activation(record.id) is None:
+            return False
+        self._served.resize(record.id, size)
+        return True
 
     def resized(self, record: Record) -> None:
         """Let the device follow the volume's size."""
         activation = self._catalogue.activation(record.id)
         if activation is not None and activation.loop is not None:
             loop.set_capacity(f"/dev/loop{activation.loop}")
-
-    def forget(self) -> None:
-        """Drop what links are left: the server ends."""
-        self._run.forget_pool(self._pool)

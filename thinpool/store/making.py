@@ -184,6 +184,9 @@ class Making(Leases):
         if activation.read_only:
             yield "quiescent", _yes
             return
+        if self._devices.suspends:
+            yield self._suspended(origin, device), _yes
+            return
         mounts = self._devices.mounts(device)
         writable = [mount for mount in mounts if not mount.entry.read_only]
         if not writable or self._freezer is None or self._holds_pool(device):
@@ -196,6 +199,22 @@ class Making(Leases):
                 logger.warning("%s could not be frozen: %s", origin.name, error)
                 still = _no
             yield ("frozen" if still() else "crash"), still
+
+    def _suspended(self, origin: Record, device: Device) -> Consistency:
+        """How a snapshot is taken of an origin that the engine suspends meanwhile.
+
+        Raises:
+            BusyError: the pool's own files lie on it, so they would wait for each other for ever.
+        """
+        if self._holds_pool(device):
+            raise errors.BusyError(
+                f"{origin.name} holds the files of pool {self._config.name} itself, so it cannot "
+                "be brought to rest for a snapshot: move them to another filesystem",
+                holder=device.path,
+                name=origin.name,
+            )
+        mounts = self._devices.mounts(device)
+        return "frozen" if any(not mount.entry.read_only for mount in mounts) else "crash"
 
     def _holds_pool(self, device: Device) -> bool:
         """Whether the pool's own files lie on a filesystem on this device: never freeze that."""

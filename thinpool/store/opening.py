@@ -6,24 +6,31 @@ import os
 import stat
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from thinpool import errors
 from thinpool.engine import BlockDevice, DiscardMode, Pool, PoolOptions
 from thinpool.store import poolfile
+from thinpool.store.crashpoint import reached
 
 if TYPE_CHECKING:
     import mmap
     from types import TracebackType
 
+    from thinpool.dm.engine import DmPool
+    from thinpool.engine import PoolBackend
     from thinpool.store.poolfile import PoolConfig
 
 
+Pool_co = TypeVar("Pool_co", bound="PoolBackend", covariant=True)
+
+
 @dataclass(slots=True)
-class OpenPool:
+class OpenPool(Generic[Pool_co]):
     """A pool and the two devices under it, closed together."""
 
-    pool: Pool
+    pool: Pool_co
     metadata: BlockDevice
     data: BlockDevice
 
@@ -63,13 +70,45 @@ def pool_options(config: PoolConfig, *, data_size: int) -> PoolOptions:
     )
 
 
+def open_dm_pool(config: PoolConfig) -> OpenPool[DmPool]:
+    """Give a pool to the kernel, or take over what a predecessor gave it.
+
+    Raises:
+        UnsupportedHostError, NotPermittedError: no device-mapper here, or not for this user.
+        NotFoundError: a file or device is gone.
+        BusyError: something else has it.
+        CorruptMetadataError: it is no pool, or a damaged one.
+    """
+    from thinpool.dm.engine import DmPool  # noqa: PLC0415 - for pools of this engine alone
+
+    options = pool_options(config, data_size=size_of(config.data))
+    pool = DmPool.open(
+        config.metadata,
+        config.data,
+        options,
+        name=config.name,
+        uuid=config.uuid,
+        step=reached,
+    )
+    return OpenPool(pool=pool, metadata=pool.metadata.device, data=pool.data.device)
+
+
+def size_of(path: str) -> int:
+    """Bytes of a file or device; 0 where it is gone, which whoever opens it then says."""
+    try:
+        with Path(path).open("rb") as file:
+            return file.seek(0, os.SEEK_END)
+    except OSError:
+        return 0
+
+
 def open_pool(
     config: PoolConfig,
     *,
     redo_memory: mmap.mmap | None = None,
     exclusive: bool = False,
-) -> OpenPool:
-    """Open a pool.
+) -> OpenPool[Pool]:
+    """Open a pool of the user engine.
 
     Args:
         config: pool.json.

@@ -7,6 +7,12 @@ Every change goes through these steps; a crash falls into one of the gaps:
                                   intent is dropped
 3. the result replaces the intent between 2 and 3: its transaction id is the new one, and the
                                   result is recorded now
+
+Of the kernel's pools step 2 is a commit for the change and another for the transaction id. Between
+them the id is the expected one, and the volumes say what happened: one that was made is removed
+again, since nobody was told of it; one that was deleted cannot come back, so the deletion is
+finished.
+
 A transaction id that is neither means that something else changed the pool, or that older metadata
 was put in its place. Then ids decide: what the pool has and the catalogue does not is adopted as
 ``id-N`` and never deleted; what the catalogue has and the pool does not is ``missing``, keeps its
@@ -16,19 +22,22 @@ name until it is removed, and comes back if the pool's does.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from thinpool.engine import Change, ChangeKind
 from thinpool.model import Finding, format_time
 from thinpool.store.adopt import look_at
 from thinpool.store.catalogue import BUILDING, DELETING, MISSING, READY, Record
+from thinpool.store.crashpoint import reached
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from thinpool.engine import PoolBackend, VolumeInfo
     from thinpool.model import VolumeId
-    from thinpool.store.catalogue import Catalogue
+    from thinpool.store.catalogue import Catalogue, Intent
 
 KEY = "transaction_id"
 FINDINGS = "findings"
@@ -40,7 +49,10 @@ def reconcile(
     *,
     known: Mapping[VolumeId, Record] | None = None,
 ) -> list[Finding]:
-    """Mend the catalogue so that it tells the pool's truth. Changes nothing in the pool.
+    """Mend the catalogue so that it tells the pool's truth.
+
+    Changes nothing in a pool whose changes are one commit; in others, what an intent that stands
+    tells of.
 
     Args:
         catalogue: of the pool.
@@ -51,9 +63,11 @@ def reconcile(
         What was found and mended, or remains wrong.
     """
     findings: list[Finding] = []
+    settled = settle_intent(catalogue, pool)
+    if settled is not None:
+        findings.append(settled)
     status = pool.status()
     with catalogue.transaction():
-        _settle_intent(catalogue, status.transaction_id, findings)
         recorded = catalogue.get(KEY)
         if recorded is not None and int(recorded) != status.transaction_id:
             findings.append(
@@ -86,28 +100,89 @@ def reconcile(
     return findings
 
 
-def _settle_intent(catalogue: Catalogue, transaction_id: int, findings: list[Finding]) -> None:
+def settle_intent(catalogue: Catalogue, pool: PoolBackend) -> Finding | None:
+    """Bring an intent that stands to its end: recorded, finished, undone or forgotten.
+
+    Repeatable: a crash during it leaves what it can settle again.
+
+    Returns:
+        What was found; None where no intent stood.
+
+    Raises:
+        ThinpoolError: the pool has to be changed for it, and cannot be. The intent stays.
+    """
     intent = catalogue.intent()
     if intent is None:
-        return
-    if transaction_id == intent.new:
+        return None
+    found = pool.status().transaction_id
+    if found == intent.new:
         catalogue.complete_intent(intent)
         message = f"'{intent.operation}' had been done when the server died: recorded now"
-    elif transaction_id == intent.expected:
+    elif found != intent.expected:
         catalogue.drop_intent()
-        message = f"'{intent.operation}' had not been done when the server died: forgotten"
+        return Finding(
+            subject="intent",
+            state="wrong",
+            message=f"'{intent.operation}' was under way from transaction {intent.expected} "
+            f"to {intent.new}, and the pool is at {found}: ids were compared instead",
+        )
+    elif not pool.atomic and (half := _half_done(intent, pool)) is not None:
+        message = _mend(half, intent, catalogue, pool)
     else:
         catalogue.drop_intent()
-        findings.append(
-            Finding(
-                subject="intent",
-                state="wrong",
-                message=f"'{intent.operation}' was under way from transaction {intent.expected} "
-                f"to {intent.new}, and the pool is at {transaction_id}: ids were compared instead",
-            )
+        message = f"'{intent.operation}' had not been done when the server died: forgotten"
+    return Finding(subject="intent", state="note", message=message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Half:
+    """What there is of an intent whose transaction id was not set.
+
+    Attributes:
+        made: volumes that were made.
+        left: deletions that are still to be done, others being done.
+    """
+
+    made: tuple[VolumeId, ...] = ()
+    left: tuple[Change, ...] = ()
+
+
+def _half_done(intent: Intent, pool: PoolBackend) -> _Half | None:
+    """Compare an intent's changes with the volumes; None where nothing of it happened."""
+    there = {info.id: info for info in pool.volumes()}
+    made = []
+    left = []
+    deleted = False
+    for change in intent.changes:
+        info = there.get(change.id)
+        if change.kind is ChangeKind.DELETE:
+            deleted = deleted or info is None
+            if info is not None:
+                left.append(change)
+        elif info is not None and info.transaction_id == intent.expected:
+            # Of an id that the pool did not have when the intent was written. One made at another
+            # transaction is somebody else's.
+            made.append(change.id)
+    if deleted:
+        return _Half(left=tuple(left))
+    return _Half(made=tuple(made)) if made else None
+
+
+def _mend(half: _Half, intent: Intent, catalogue: Catalogue, pool: PoolBackend) -> str:
+    """Undo what was made, or finish what was deleted; says which."""
+    if half.made:
+        undo = [Change(kind=ChangeKind.DELETE, id=each) for each in half.made]
+        pool.apply(undo, expected=intent.expected, new=intent.expected)
+        reached("intent-undone")
+        catalogue.drop_intent()
+        return (
+            f"'{intent.operation}' was half done when the server died: the device that it had made "
+            "is removed again"
         )
-        return
-    findings.append(Finding(subject="intent", state="note", message=message))
+    pool.apply(half.left, expected=intent.expected, new=intent.new)
+    reached("intent-finished")
+    catalogue.complete_intent(intent)
+    return f"'{intent.operation}' was half done when the server died: finished now"
 
 
 def _settle_missing(

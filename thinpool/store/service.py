@@ -51,6 +51,7 @@ class PoolService(Making, Changing, Using):
 
     def start(self) -> None:
         """Mend what was left; what was active is served again already."""
+        self._devices.sweep()
         known = read_copy(find_copy(self._config, self._directory))
         names = known[1] if known is not None and self._is_ours(known[0]) else {}
         self.findings = reconcile(self._catalogue, self._pool, known=names)

@@ -189,6 +189,8 @@ def extend(
     """
     status = pool.status()
     block = status.data_block_size
+    for device in (data, metadata):
+        device.resize(0)  # to what it has by now
     if data_size is None and metadata_size is None:
         data_size = data.size // block * block
         metadata_size = metadata.size // METADATA_BLOCK * METADATA_BLOCK

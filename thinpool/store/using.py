@@ -12,6 +12,7 @@ from thinpool.model import (
     Volume,
 )
 from thinpool.store.core import ANYONE, Caller, PoolCore
+from thinpool.store.devices import EXTERNAL_ORIGIN, Wanted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,9 +51,14 @@ class Using(PoolCore):
             if existing is not None:
                 return self._already_active(record, read_only=read_only)
             self._refuse_in_use(record)
-            device = self._devices.attach(
-                record, read_only=read_only, by_mount=by_mount, owner=owner, mode=mode
+            wanted = Wanted(
+                read_only=read_only,
+                by_mount=by_mount,
+                owner=owner,
+                mode=mode,
+                origin=record.labels.get(EXTERNAL_ORIGIN),
             )
+            device = self._devices.attach(record, wanted)
         return self._activation(record, device, already=False)
 
     def _already_active(self, record: Record, *, read_only: bool) -> Activation:

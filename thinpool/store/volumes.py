@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from thinpool.engine import PoolBackend, VolumeIO
     from thinpool.model import VolumeId
     from thinpool.store.catalogue import Record
-    from thinpool.store.devices import Served
+    from thinpool.store.devices import Devices
 
 
 @dataclass(slots=True)
@@ -33,10 +33,10 @@ class _Shared:
 class OpenVolumes:
     """The open volumes of one pool. Thread-safe."""
 
-    def __init__(self, pool: PoolBackend, served: Served | None, *, read_only: bool) -> None:
+    def __init__(self, pool: PoolBackend, devices: Devices, *, read_only: bool) -> None:
         """None is open."""
         self._pool = pool
-        self._served = served
+        self._devices = devices
         self._read_only = read_only
         self._lock = threading.Lock()
         self._open: dict[VolumeId, _Shared] = {}
@@ -71,9 +71,10 @@ class OpenVolumes:
             return shared.volume
 
     def _open_one(self, record: Record, *, sealed: bool) -> _Shared:
-        active = self._served.volume(record.id) if self._served is not None else None
+        active = self._devices.open_active(record)
         if active is not None:
-            return _Shared(volume=active, owned=False)
+            volume, owned = active
+            return _Shared(volume=volume, owned=owned)
         volume = self._pool.open_volume(record.id, size=record.size, read_only=sealed)
         return _Shared(volume=volume, owned=True)
 
