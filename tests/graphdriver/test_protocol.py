@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import http.client
+import json
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.graphdriver.kit import RefusedError, eventually, tar_of
+from tests.graphdriver.kit import Connection, RefusedError, eventually, tar_of
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.loop, pytest.mark.ext4]
 
@@ -411,6 +414,52 @@ def test_killed_and_started_again_it_carries_on(driver):
     driver.put("busy")
     assert driver.mounted() == set()
     driver.remove("busy")
+
+
+@pytest.mark.timeout(300)
+def test_killed_at_any_moment_a_get_that_comes_again_counts_once(driver, rng):
+    driver.create("again")
+    body = json.dumps({"ID": "again"}).encode()
+    for call in ("Get", "Put") * 4:
+        if call == "Put":
+            driver.get("again")  # so that each round leaves one
+        connection = Connection(driver.socket)
+        connection.request("POST", f"/GraphDriver.{call}", body)
+        time.sleep(rng.choice([0, 0.001, 0.003, 0.01, 0.03]))
+        driver.kill()
+        try:  # dockerd sends it again when no answer came, not otherwise
+            answered = connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            answered = False
+        connection.close()
+        driver.start()
+        if not answered:
+            driver.call(f"GraphDriver.{call}", ID="again")
+        assert driver.mounted() == {"again"}
+    for _ in range(3):
+        driver.put("again")
+        assert driver.mounted() == {"again"}
+    driver.put("again")
+    assert driver.mounted() == set()
+    driver.remove("again")
+
+
+def test_containers_of_a_dockerd_that_was_killed_are_held_once(driver):
+    driver.create("restored")
+    driver.get("restored")
+    driver.get("restored")
+    driver.call("GraphDriver.Init", Opts=[])  # dockerd is there again, with live-restore
+    driver.get("restored")  # as it does at its start
+    driver.put("restored")
+    driver.call("GraphDriver.Cleanup")
+    assert driver.mounted() == {"restored"}
+    driver.put("restored")
+    assert driver.mounted() == set()
+    driver.get("restored")
+    driver.call("GraphDriver.Init", Opts=[])
+    driver.call("GraphDriver.Cleanup")  # nobody named it
+    assert driver.mounted() == set()
+    driver.remove("restored")
 
 
 def test_stopped_in_order_it_leaves_what_is_mounted(driver):

@@ -120,8 +120,6 @@ class Plugin:
             "/GraphDriver.Create": self._create,
             "/GraphDriver.CreateReadWrite": self._create,
             "/GraphDriver.Remove": self._remove,
-            "/GraphDriver.Get": self._get,
-            "/GraphDriver.Put": self._put,
             "/GraphDriver.Exists": self._exists,
             "/GraphDriver.Cleanup": self._cleanup,
             "/GraphDriver.Changes": self._changes,
@@ -129,6 +127,8 @@ class Plugin:
         }
         for path, call in calls.items():
             app.router.add_post(path, _json(call))
+        app.router.add_post("/GraphDriver.Get", self._counted(self._get))
+        app.router.add_post("/GraphDriver.Put", self._counted(self._put))
         app.router.add_post("/GraphDriver.Diff", self._diff)
         app.router.add_post("/GraphDriver.ApplyDiff", self._apply_diff)
         app.on_cleanup.append(self._end)
@@ -182,19 +182,48 @@ class Plugin:
         await self._locked(layer, self._layers.remove, layer)
         return {}
 
-    async def _get(self, fields: Fields) -> Answer:
+    async def _get(self, fields: Fields) -> tuple[Answer, int]:
         layer, label = fields.id(), fields.text("MountLabel")
-        return {"Dir": await self._locked(layer, self._layers.get, layer, label)}
+        where, ticket = await self._locked(layer, self._layers.get, layer, label)
+        return {"Dir": where}, ticket
 
-    async def _put(self, fields: Fields) -> Answer:
+    async def _put(self, fields: Fields) -> tuple[Answer, int]:
         layer = fields.id()
-        await self._locked(layer, self._layers.put, layer)
-        return {}
+        return {}, await self._locked(layer, self._layers.put, layer)
+
+    def _counted(
+        self, call: Callable[[Fields], Awaitable[tuple[Answer, int]]]
+    ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        """A call that changes a count: whether its answer went out is kept."""
+
+        async def handle(request: web.Request) -> web.StreamResponse:
+            ticket = None
+
+            async def counting(fields: Fields) -> Answer:
+                nonlocal ticket
+                document, ticket = await call(fields)
+                return document
+
+            response = await _json(counting)(request)
+            if ticket is None:
+                return response
+            lost = True
+            try:
+                if request.transport is not None and not request.transport.is_closing():
+                    await response.prepare(request)
+                    await response.write_eof()
+                    lost = False
+            finally:
+                await self._run(lambda: self._layers.answered(ticket, lost=lost))
+            return response
+
+        return handle
 
     async def _exists(self, fields: Fields) -> Answer:
         return {"Exists": await self._run(self._layers.exists, fields.id())}
 
     async def _cleanup(self, _: Fields) -> Answer:
+        await self._run(self._layers.disown)
         for layer in await self._run(self._layers.unheld):  # those with a Get are live-restore's
             await self._locked(layer, self._layers.leave_unheld, layer)
         await self._run(self._layers.tidy)

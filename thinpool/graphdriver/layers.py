@@ -127,6 +127,7 @@ class Layers:
 
     def tidy(self) -> None:
         """Take down devices and remove layers that were in use when they should have gone."""
+        self._state.expire()
         for layer in self._waiting():
             with self._tidying:  # a Get waits for this one device at most
                 if layer in self._idle and (self._state.count(layer) or self._deactivate(layer)):
@@ -254,6 +255,7 @@ class Layers:
         mounts.parse_options(asked.options.mount_options)
         if asked.settings:
             self._api.set(self.pool, asked.settings)
+        self._state.inherit()
         self._options = asked.options
         self._state.keep_document(_OPTIONS, asked.options.to_json())
 
@@ -328,8 +330,8 @@ class Layers:
 
     # ---- mounting ---------------------------------------------------------------------------
 
-    def get(self, layer: str, label: str) -> str:
-        """Mount a layer, or count once more; returns where it is.
+    def get(self, layer: str, label: str) -> tuple[str, int]:
+        """Mount a layer, or count once more; returns where it is, and a ticket for ``answered``.
 
         Args:
             layer: its id.
@@ -347,8 +349,7 @@ class Layers:
                 with contextlib.suppress(errors.ThinpoolError):
                     self._leave(layer)
             raise
-        self._state.add(layer)
-        return self._places.path(layer)
+        return self._places.path(layer), self._state.add(layer)
 
     def _mount(self, found: Volume, label: str) -> None:
         options = ["dev", "suid", *self._options.mount_options]
@@ -386,13 +387,18 @@ class Layers:
                 f"cannot hold {path} to {limit} bytes: {cause.strerror}", missing="sysfs"
             ) from cause
 
-    def put(self, layer: str) -> None:
-        """Count once less, and unmount with the last; one too many is harmless."""
-        if self._state.take(layer):
-            return
-        self._state.forget(layer)
-        if self.find(layer) is not None or self._places.device(layer) is not None:
-            self._leave(layer)
+    def put(self, layer: str) -> int:
+        """Count once less, and unmount with the last; one too many is harmless. A ticket."""
+        ticket = self._state.take(layer)
+        self.leave_unheld(layer)
+        return ticket
+
+    def answered(self, ticket: int, *, lost: bool) -> None:
+        """The answer to a Get or a Put is out, or is lost: see ``State``."""
+        if lost:
+            self._state.lose(ticket)
+        else:
+            self._state.answered(ticket)
 
     def _leave(self, layer: str) -> None:
         """Unmount a layer and take its device down, later if it is in use."""
@@ -415,9 +421,16 @@ class Layers:
         """Layers that are mounted and that nobody has got."""
         return [layer for layer in self._places.layers() if not self._state.count(layer)]
 
+    def disown(self) -> None:
+        """What a dockerd before this one had got, and this one never named, nobody has got."""
+        for layer in self._state.inherited():
+            self._state.forget(layer)
+
     def leave_unheld(self, layer: str) -> None:
-        """Unmount a layer unless somebody has got it meanwhile."""
-        if not self._state.count(layer):
+        """Unmount a layer unless somebody has got it."""
+        if self._state.count(layer):
+            return
+        if self._places.device(layer) is not None or self.find(layer) is not None:
             self._leave(layer)
 
     @contextlib.contextmanager
