@@ -11,6 +11,11 @@
 #define MD_BLOCKS_MIN  16u /* below this not even an empty pool fits */
 /* Metadata blocks of a change's paths and of a commit's, but for what counting them needs. */
 #define CHANGE_BLOCKS 24u
+/* Of a further change in the same transaction: a leaf and its parent, copied and split, in the tree
+ * of roots and in that of details. */
+#define SERIES_CHANGE_BLOCKS 8u
+/* Nodes hold no fewer, so both trees together have no more than two nodes for so many devices. */
+#define SERIES_NODE_DEVICES 32u
 /* Fewer entries of the overflow tree than any of its nodes but the root has. */
 #define OVERFLOW_PER_NODE 110u
 
@@ -346,11 +351,27 @@ static uint64_t counting_blocks(const struct tp_metadata *md, uint64_t n)
 	       tp_tm_nr_blocks(md->tm) / TP_BITMAP_ENTRIES;
 }
 
+/* What the others of n changes of the set of devices take beside the first. A node is copied once
+ * a transaction, however many of them are in it. */
+static uint64_t series_blocks(const struct tp_metadata *md, uint64_t n)
+{
+	if (n < 2)
+		return 0;
+	return min_of((n - 1) * SERIES_CHANGE_BLOCKS,
+		      CHANGE_BLOCKS + 2 * (md->nr_devices + n) / SERIES_NODE_DEVICES);
+}
+
 int tp_md_has_room(const struct tp_metadata *md, bool into_reserve)
 {
+	return tp_md_has_room_for(md, 1, into_reserve);
+}
+
+int tp_md_has_room_for(const struct tp_metadata *md, uint64_t n, bool into_reserve)
+{
 	/* A shared leaf's blocks are all counted once more when one of its mappings changes. */
-	uint64_t worst = CHANGE_BLOCKS + counting_blocks(md, TP_NODE_MAX_ENTRIES(8));
-	uint64_t keep = tp_md_reserve(md);
+	uint64_t worst = CHANGE_BLOCKS + counting_blocks(md, TP_NODE_MAX_ENTRIES(8)) +
+			 series_blocks(md, n);
+	uint64_t keep = tp_md_reserve(md) + series_blocks(md, n);
 
 	/* The kernel's reserve is a tenth; on a tiny device that is less than one change needs. */
 	if (keep < worst + CHANGE_BLOCKS)

@@ -128,7 +128,7 @@ static int judge_all(struct tp_pool *pool, const struct tp_change *changes, size
 			       "24 bits",
 			       TP_TIME_MAX);
 	/* The caller has just committed where that helps. */
-	if (tp_md_has_room(pool->md, only_deletes) != 1)
+	if (tp_md_has_room_for(pool->md, only_deletes ? 1 : n, only_deletes) != 1)
 		return tp_fail(err, TP_E_METADATA_SPACE,
 			       "the pool's metadata is full but for its reserve: %lu of %lu blocks",
 			       (unsigned long)tp_md_nr_used(pool->md),
@@ -347,7 +347,7 @@ static int run_series(struct tp_pool *pool, const struct tp_change *changes, siz
 	int r;
 
 	pthread_mutex_lock(&pool->md_lock);
-	tight = tp_md_has_room(pool->md, false) != 1 || !tp_redo_has_room(pool->redo, n + 1);
+	tight = tp_md_has_room_for(pool->md, n, false) != 1 || !tp_redo_has_room(pool->redo, n + 1);
 	pthread_mutex_unlock(&pool->md_lock);
 	if (tight && !tp_pool_check_writable(pool, NULL)) {
 		r = tp_pool_flush_round(pool, true, err);

@@ -69,6 +69,8 @@ uint64_t tp_md_reserve(const struct tp_metadata *md);
 /* Room for one change: 1 now, 0 no, -1 after a commit. What frees space may use the reserve, of
  * which a little stays for the commit itself. */
 int tp_md_has_room(const struct tp_metadata *md, bool into_reserve);
+/* The same for n changes of the set of devices in one transaction. */
+int tp_md_has_room_for(const struct tp_metadata *md, uint64_t n, bool into_reserve);
 /* Enough to delete a device in one transaction. */
 bool tp_md_has_room_to_delete(const struct tp_metadata *md, const struct tp_device *device);
 /* The open transaction's number, and whether it holds anything. */
