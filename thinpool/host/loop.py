@@ -192,7 +192,19 @@ def attach(
                 try:
                     _guard_node(fd)
                     if not _is_spoiled(number):
-                        return _verified(number, name=name, direct_io=direct_io)
+                        _verify(number, name=name, direct_io=direct_io)
+                        return LoopDevice(
+                            number=number,
+                            path=f"/dev/loop{number}",
+                            backing_file=name,
+                            deleted=False,
+                            offset=offset,
+                            size_limit=size_limit,
+                            read_only=read_only,
+                            direct_io=direct_io,
+                            autoclear=False,
+                            sequence=_sequence(fd),
+                        )
                 except BaseException:
                     _abandon(fd)
                     raise
@@ -401,22 +413,21 @@ def _abandon(fd: int) -> None:
         fcntl.ioctl(fd, _LOOP_CLR_FD)
 
 
-def _verified(number: int, *, name: str, direct_io: bool) -> LoopDevice:
-    device = describe_number(number)
-    if device is None:
+def _verify(number: int, *, name: str, direct_io: bool) -> None:
+    found = _attribute(f"/sys/block/loop{number}/loop/dio")
+    if found is None:
         raise errors.UnsupportedHostError(
             f"cannot attach {name}: sysfs isn't mounted at /sys, or another one is",
             missing="sysfs",
             path=name,
         )
-    if direct_io and not device.direct_io:
+    if direct_io and found != "1":
         raise errors.UnsupportedHostError(
             f"cannot attach {name}: its filesystem offers no direct I/O in units of the "
             "device's sectors, without which every page would be cached twice",
             missing="direct I/O",
             path=name,
         )
-    return device
 
 
 def _is_spoiled(number: int) -> bool:
@@ -426,8 +437,9 @@ def _is_spoiled(number: int) -> bool:
     value afterwards (seen with Linux 6.18): only removing the device undoes it.
     """
     queue = f"/sys/block/loop{number}/queue"
-    possible = _attribute(f"{queue}/discard_max_hw_bytes") or "0"
-    return possible != "0" and _attribute(f"{queue}/discard_max_bytes") == "0"
+    if _attribute(f"{queue}/discard_max_bytes") != "0":
+        return False
+    return (_attribute(f"{queue}/discard_max_hw_bytes") or "0") != "0"
 
 
 def _try_detach(path: str, number: int, wanted: int) -> bool | None:

@@ -21,6 +21,7 @@ _BEFORE_OPTIONAL = 6
 _AFTER_SEPARATOR = 3
 _NO_DEVICE_NUMBER = frozenset({"btrfs"})
 """Filesystems that show an anonymous number in place of their block device's."""
+_NO_NUMBER_LINES = tuple(f" - {kind} ".encode() for kind in _NO_DEVICE_NUMBER)
 _SERVED = frozenset({"fuse", "nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "afs", "autofs"})
 
 
@@ -180,13 +181,20 @@ def mounts_of_device(device: int, *, source: str | None = None) -> list[Namespac
         source: its path; only for filesystems that hide the number (btrfs).
     """
     own = os.stat("/proc/self/ns/mnt").st_ino
+    number = f" {os.major(device)}:{os.minor(device)} ".encode()
     found = []
     for inode, pid in namespaces():
         try:
             table = Path(f"/proc/{pid}/mountinfo").read_bytes()
         except OSError:
             continue  # ended meanwhile
-        for entry in parse_mountinfo(table):
+        for line in table.split(b"\n"):
+            # Tables may be long, and taking every line apart takes as long as everything else.
+            if number not in line and not any(mark in line for mark in _NO_NUMBER_LINES):
+                continue
+            entry = _parse_line(line)
+            if entry is None:
+                continue
             hidden = entry.fstype in _NO_DEVICE_NUMBER and entry.source == source
             if entry.device == device or hidden:
                 found.append(

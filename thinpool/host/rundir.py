@@ -26,7 +26,7 @@ from thinpool import errors
 from thinpool.host.failures import failure
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
 _CLAIM: Final = ".root"
 _HASH_DIGITS: Final = 8
@@ -72,18 +72,17 @@ class RunDirectory:
 
     def link_device(self, pool: str, name: str, device: str) -> Path:
         """Let RUN/dev/POOL/NAME lead to a device; replaces an older link. Returns its path."""
+        return self.link_devices(pool, {name: device})[name]
+
+    def link_devices(self, pool: str, devices: Mapping[str, str]) -> dict[str, Path]:
+        """The same for the devices of several names; where one fails, those before it stay."""
+        links = {}
         with self._locked():
             directory = self._claimed(pool)
-            link = directory / name
-            temporary = directory / f".{name}.{secrets.token_hex(4)}"
-            try:
-                temporary.symlink_to(device)
-                temporary.rename(link)
-            except OSError as cause:
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
-                raise failure(cause, f"cannot make the link {link}", path=str(link)) from cause
-        return link
+            for name, device in devices.items():
+                links[name] = directory / name
+                _link(links[name], device)
+        return links
 
     def unlink_device(self, pool: str, name: str) -> bool:
         """Take a link away, and the claim with the last one; False if there was none."""
@@ -100,9 +99,15 @@ class RunDirectory:
 
     def device_link(self, pool: str, name: str) -> Path | None:
         """The link of a volume if it has one; whether the device is alive is not asked."""
+        return self.find_links(pool, [name]).get(name)
+
+    def find_links(self, pool: str, names: Iterable[str]) -> dict[str, Path]:
+        """The links of those volumes that have one, likewise."""
         directory = self._found(pool)
-        link = None if directory is None else directory / name
-        return link if link is not None and link.is_symlink() else None
+        if directory is None:
+            return {}
+        links = {name: directory / name for name in names}
+        return {name: link for name, link in links.items() if os.path.islink(link)}
 
     def device_links(self, pool: str) -> dict[str, str]:
         """Every volume of a pool that has a link, and the device it leads to."""
@@ -254,6 +259,20 @@ def _mkdir(path: Path, mode: int) -> None:
         raise
     except OSError as cause:
         raise failure(cause, f"cannot make {path}", path=str(path)) from cause
+
+
+def _link(link: Path, device: str) -> None:
+    temporary = link.with_name(f".{link.name}.{secrets.token_hex(4)}")
+    try:
+        try:
+            os.symlink(device, link)  # most are new
+        except FileExistsError:
+            os.symlink(device, temporary)
+            os.rename(temporary, link)
+    except OSError as cause:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise failure(cause, f"cannot make the link {link}", path=str(link)) from cause
 
 
 def _claimant(directory: Path) -> str | None:
