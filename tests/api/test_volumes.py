@@ -10,6 +10,7 @@ import pytest
 
 from thinpool import Thinpool, errors
 from thinpool.host import loop
+from thinpool.host.mountinfo import own_mounts
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.loop, pytest.mark.ext4]
 MIB = 1 << 20
@@ -74,6 +75,85 @@ def test_everything_can_be_repeated(api, based, directory):
     for _ in range(2):
         assert api.deactivate("p/c").device is None
     assert not Path(first.device).is_symlink()
+
+
+@pytest.fixture
+def directories(tmp_path):
+    paths = [tmp_path / f"m{n}" for n in range(5)]
+    for path in paths:
+        path.mkdir()
+    return paths
+
+
+def mounted_below(path):
+    return [each.mount_point for each in own_mounts() if each.mount_point.startswith(str(path))]
+
+
+def test_several_are_made_and_mounted_at_once(api, based, tmp_path, directories):
+    names = [f"p/c{n}" for n in range(5)]
+    made = api.snapshot_many("p/base", names, mount=directories)
+    assert [str(volume) for volume in made] == names
+    for volume, directory in zip(made, directories, strict=True):
+        assert volume.mounts == (str(directory),)
+        (directory / "own").write_text(volume.name)
+        assert Path(volume.device).resolve().is_block_device()
+    for volume, directory in zip(made, directories, strict=True):
+        assert [each.name for each in directory.iterdir()] == ["own"]
+        assert (directory / "own").read_text() == volume.name
+        assert api.list("p")[volume.id].device == volume.device
+    again = api.mount_many(dict(zip(names, directories, strict=True)))
+    assert all(each.already_mounted for each in again)
+    active = api.activate_many(names)
+    assert [each.device for each in active] == [volume.device for volume in made]
+    assert all(each.already_active for each in active)
+    assert [each.volume.mounts for each in active] == [(str(each),) for each in directories]
+    api.remove(names, deactivate=True)
+    assert mounted_below(tmp_path) == []
+    assert [volume.name for volume in api.list("p")] == ["base"]
+
+
+def test_activating_several_takes_all_or_none(api, based):
+    names = [f"p/c{n}" for n in range(4)]
+    api.snapshot_many("p/base", names)
+    with api.open("p/c2", writable=True):
+        with pytest.raises(errors.BusyError):
+            api.activate_many(names)
+        assert all(volume.device is None for volume in api.list("p"))
+    api.activate("p/c1", read_only=True)
+    with pytest.raises(errors.BusyError):
+        api.activate_many(names)
+    assert [volume.name for volume in api.list("p") if volume.device] == ["c1"]
+    api.deactivate("p/c1")
+    found = api.activate_many([*names, "p/base"])
+    assert len({each.number for each in found}) == 5
+    assert [each.already_active for each in found] == [False] * 5
+    assert loop.describe_number(int(found[4].number.split(":")[1])).read_only
+
+
+def test_one_that_cannot_be_mounted_leaves_nothing(api, based, tmp_path, directories):
+    before = api.list("p")
+    api.create("p/raw", size=64 * MIB)
+    with pytest.raises(errors.UsageError):
+        api.snapshot_many("p/raw", [f"p/c{n}" for n in range(5)], mount=directories)
+    with pytest.raises(errors.UsageError, match="each another"):
+        api.snapshot_many("p/base", ["p/c0", "p/c1"], mount=[directories[0]] * 2)
+    with pytest.raises(errors.NotFoundError):
+        api.snapshot_many("p/base", ["p/c0"], mount=[tmp_path / "nowhere"])
+    with pytest.raises(errors.UsageError):
+        api.mount_many({"p/base": directories[0], "p/raw": directories[1]})
+    assert mounted_below(tmp_path) == []
+    api.remove(["p/raw"])
+    assert api.list("p") == before
+
+
+@pytest.mark.xfs
+def test_a_filesystem_that_somebody_made_over_the_known_one_is_found(api, based, directories):
+    api.create("p/c", size=400 * MIB, fs="ext4")
+    device = api.activate("p/c").device
+    subprocess.run(["mkfs.xfs", "-qf", device], check=True)
+    api.deactivate("p/c")
+    made = api.snapshot_many("p/c", ["p/d", "p/e"], mount=directories[:2])
+    assert [volume.mounts for volume in made] == [(str(each),) for each in directories[:2]]
 
 
 def test_owner_and_mode_of_a_device(api, based):

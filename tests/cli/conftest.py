@@ -114,6 +114,9 @@ class CommandLine:
         for name in ("create", "deactivate", "umount", "rename", "resize"):
             getattr(api, name).return_value = a_volume()
         api.snapshot.return_value = a_volume(name="c", kind="container", parent="i")
+        api.snapshot_many.return_value = [
+            a_volume(name=name, kind="container", parent="i") for name in ("c", "d")
+        ]
         for name in ("commit", "import_image"):
             getattr(api, name).return_value = a_volume(name="i", kind="image", read_only=True)
         api.activate.return_value = model.Activation(

@@ -11,7 +11,7 @@ from unittest.mock import ANY, call
 import pytest
 
 from thinpool.cli.app import COMMANDS
-from thinpool.errors import NotThereYetError
+from thinpool.errors import AlreadyExistsError, NotThereYetError
 
 _spec = util.spec_from_file_location("cli_shapes", Path(__file__).with_name("shapes.py"))
 shapes = util.module_from_spec(_spec)
@@ -197,6 +197,38 @@ def test_json_answer_has_its_shape(thinpool, line, expected, before):
     assert thinpool.api.mock_calls == [expected]
 
 
+def test_several_snapshots_are_asked_for_at_once(thinpool, tmp_path):
+    result = thinpool("snapshot", "p/a", "p/c", "p/d", "--activate", "--json")
+    assert thinpool.api.mock_calls == [call.snapshot_many("p/a", ("p/c", "p/d"), activate=True)]
+    wanted = {"schema": {1}, "volumes": [shapes.VOLUME]}
+    assert shapes.problems(result.document, wanted) == []
+    assert [each["name"] for each in result.document["volumes"]] == ["c", "d"]
+    assert thinpool("snapshot", "p/a", "p/c", "p/d").stdout.count("\n") == 2
+
+
+def test_several_snapshots_are_mounted_on_directories_of_their_names(thinpool, tmp_path):
+    (tmp_path / "c").mkdir()
+    made = ("snapshot", "p/a", "p/c", "p/d", "--mount-each", str(tmp_path))
+    assert thinpool(*made).code == 0
+    directories = [tmp_path / "c", tmp_path / "d"]
+    assert thinpool.api.mock_calls == [call.snapshot_many("p/a", ("p/c", "p/d"), mount=directories)]
+    assert all(each.is_dir() for each in directories)
+    (tmp_path / "d").rmdir()
+    thinpool.api.snapshot_many.side_effect = AlreadyExistsError("p/d is there", existing=None)
+    assert thinpool(*made).code == 4
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "c"], "only what was made for it goes"
+    nowhere = tmp_path / "c" / "nowhere"
+    assert thinpool(*made[:-1], str(nowhere)).code == 3
+
+
+@pytest.mark.parametrize("option", ["--read-only", "--size=1G", "--mount=/mnt"])
+def test_what_is_for_one_snapshot_is_refused_for_several(thinpool, option):
+    result = thinpool("snapshot", "p/a", "p/c", "p/d", option)
+    assert result.code == 2
+    assert option.split("=")[0] in result.stderr
+    assert thinpool.api.mock_calls == []
+
+
 @pytest.mark.parametrize(
     "line", ["dump p", "dump --metadata m", "export p/v", "export p/v -o -", "completion bash"]
 )
@@ -342,7 +374,7 @@ def test_help_names_everything(thinpool, name):
     assert result.stderr == ""
     assert "Global options:" in result.stdout
     assert "--json" in result.stdout
-    shown = re.sub(r"(NAME|VALUE|NAME,|\[(ARGS|ARGUMENTS|SUITE)\])\.\.\.", "", result.stdout)
+    shown = re.sub(r"(NAME|TO|VALUE|NAME,|\[(ARGS|ARGUMENTS|SUITE)\])\.\.\.", "", result.stdout)
     assert "..." not in shown, "a summary is cut"
     if name and name not in LATER:
         assert f"$ thinpool {name}" in result.stdout or f"thinpool {name} " in result.stdout

@@ -57,6 +57,16 @@ def opened(root, name="p", *, served=None, freezer=None):
             service.close()
 
 
+@pytest.fixture(name="make_pool")
+def make_pool_fixture():
+    return make_pool
+
+
+@pytest.fixture(name="opened")
+def opened_fixture():
+    return opened
+
+
 @pytest.fixture
 def root(tmp_path):
     make_pool(tmp_path)

@@ -24,6 +24,10 @@ def snapshot(service):
     service.snapshot("a", "new", caller=Caller(request="r1"))
 
 
+def snapshot_many(service):
+    service.snapshot_many("a", ["new", "new2", "new3"], caller=Caller(request="r1"))
+
+
 def remove(service):
     service.remove(["a", "b"], caller=Caller(request="r1"))
 

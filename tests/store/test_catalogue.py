@@ -1,14 +1,27 @@
 """The catalogue: what it keeps, refuses and survives."""
 
+import itertools
+import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 
 import pytest
 
 from thinpool import errors
 from thinpool.engine import VOLUME_ID_MAX, Change, ChangeKind
 from thinpool.model import VolumeId
-from thinpool.store.catalogue import Catalogue, Intent, Record
+from thinpool.store.catalogue import (
+    BUILDING,
+    DELETING,
+    MISSING,
+    READY,
+    Catalogue,
+    Intent,
+    Record,
+    _of_states,
+)
 
 MIB = 1 << 20
 
@@ -90,18 +103,77 @@ def test_one_intent_at_a_time(catalogue):
     assert catalogue.get("transaction_id") == "2"
 
 
+def first_ids(catalogue, count):
+    return list(itertools.islice(catalogue.free_ids(), count))
+
+
 def test_ids_are_given_in_turn_and_reused_after_the_last(catalogue):
-    assert catalogue.free_id() == 0
+    assert first_ids(catalogue, 2) == [0, 1]
     catalogue.insert(record(0))
     catalogue.insert(record(1))
     catalogue.put("next_id", "1")
-    assert catalogue.free_id() == 2
-    assert catalogue.free_id(taken=frozenset({2, 3})) == 4
+    assert first_ids(catalogue, 3) == [2, 3, 4]
     catalogue.insert(record(VOLUME_ID_MAX))
-    catalogue.put("next_id", str(VOLUME_ID_MAX))
-    assert catalogue.free_id() == 2
+    catalogue.put("next_id", str(VOLUME_ID_MAX - 1))
+    assert first_ids(catalogue, 3) == [VOLUME_ID_MAX - 1, 2, 3]
     catalogue.put("next_id", str(VOLUME_ID_MAX + 1))
-    assert catalogue.free_id() == 2
+    assert first_ids(catalogue, 1) == [2]
+
+
+def test_ids_are_found_between_many_that_are_taken(catalogue):
+    taken = [*range(300), *range(301, 500)]
+    with catalogue.transaction():
+        for volume_id in taken:
+            catalogue.insert(record(volume_id))
+    assert first_ids(catalogue, 3) == [300, 500, 501]
+
+
+def test_volumes_are_counted_and_found_by_their_states(catalogue):
+    for volume_id, state in enumerate((READY, BUILDING, READY, DELETING, MISSING)):
+        catalogue.insert(record(volume_id, state=state))
+    assert catalogue.count(READY, MISSING) == 3
+    assert catalogue.count(BUILDING) == 1
+    assert catalogue.count() == 5
+    assert [each.id for each in catalogue.records(READY, MISSING)] == [0, 2, 4]
+    assert [each.id for each in catalogue.records(BUILDING, DELETING)] == [1, 3]
+
+
+def test_looking_for_the_unfinished_does_not_read_every_volume(catalogue):
+    where, values = _of_states([BUILDING])
+    query = f"EXPLAIN QUERY PLAN SELECT * FROM volumes WHERE {where}"  # noqa: S608 - text of our own
+    plan = catalogue._rows(query, values)
+    assert "volumes_by_state" in plan[0]["detail"]
+
+
+def test_activations_are_not_flushed_but_kept_by_a_dying_process(tmp_path):
+    """They describe devices, which a power cut ends; a server that is killed must find them."""
+    script = """
+import os, sys
+from thinpool.store.catalogue import ActivationRecord, Catalogue, Record
+catalogue = Catalogue(sys.argv[1])
+catalogue.insert(Record(id=3, name="v", kind="volume", parent=None, size=512, read_only=False,
+                        created="2026-11-21T12:00:00Z"))
+os.write(1, b"begin")
+[generation] = catalogue.next_generations(1)
+catalogue.put_activations([ActivationRecord(id=3, read_only=False, generation=generation, loop=7,
+                                            sequence=9, by_mount=False)])
+os.write(1, b"end")
+os.kill(os.getpid(), 9)
+"""
+    path = tmp_path / "c.db"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    trace = tmp_path / "trace"
+    command = [sys.executable, "-c", script, str(path)]
+    if shutil.which("strace"):
+        command = ["strace", "-f", "-o", str(trace), "-e", "trace=fsync,fdatasync,write", *command]
+    subprocess.run(command, env=environment, check=False, capture_output=True, timeout=60)
+    with Catalogue(path) as catalogue:
+        [found] = catalogue.activations()
+        assert (found.loop, found.generation) == (7, 1)
+        assert list(catalogue.next_generations(2)) == [2, 3]
+    if trace.exists():
+        between = trace.read_text().split('"begin"')[1].split('"end"')[0]
+        assert "sync" not in between
 
 
 def test_catalogue_of_a_later_version_is_refused(tmp_path):

@@ -85,6 +85,23 @@ def test_making_is_done_or_not_and_can_be_asked_again(with_two, reopen, operatio
 
 
 @pytest.mark.parametrize("step", STEPS)
+def test_many_snapshots_are_all_there_or_none_and_can_be_asked_again(with_two, reopen, step):
+    run(with_two, "snapshot_many", step)
+    wanted = {"new", "new2", "new3"}
+    with reopen() as service:
+        assert_agrees(service)
+        done = step in {"applied", "recorded"}
+        assert names(service) == {"a", "b"} | (wanted if done else set())
+        made = service.snapshot_many("a", ["new", "new2", "new3"], caller=Caller(request="r1"))
+        assert [volume.name for volume in made] == ["new", "new2", "new3"]
+        assert names(service) == {"a", "b"} | wanted
+        assert_agrees(service)
+        for name in wanted:
+            with service.raw(name, writable=False) as raw:
+                assert raw.read(0, 13) == b"contents of a"
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_removing_takes_all_or_nothing(with_two, reopen, step):
     run(with_two, "remove", step)
     with reopen() as service:

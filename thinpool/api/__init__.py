@@ -327,8 +327,6 @@ class Thinpool:
 
         if mount is not None:
             volumes.check_mount_point(mount)
-        if mount is not None:
-            volumes.check_directory(Path(mount))
         made = volumes.snapshot(
             self._session, source, target, read_only=read_only, size=size, labels=labels or {}
         )
@@ -342,6 +340,45 @@ class Thinpool:
                 self.remove([target], deactivate=True)  # asked for as one: nothing stays of it
             raise
         return made
+
+    def snapshot_many(
+        self,
+        source: str,
+        targets: Sequence[str],
+        *,
+        activate: bool = False,
+        mount: Sequence[Path | str] | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> list[Volume]:
+        """Make several snapshots of one instant in one commit of the pool: all or none.
+
+        Args:
+            source: what to snapshot.
+            targets: the new names, in the same pool; 1,000 at most.
+            activate: activate them.
+            mount: mount each on its own of these directories, which activates them; as many, in
+                the order of the targets.
+            labels: kept with each.
+
+        Returns:
+            The snapshots in the order of the targets, durable. Where activating or mounting one
+            fails, none stays.
+
+        Raises:
+            UsageError: a name or a directory twice, too many, or another number of directories.
+            AlreadyExistsError: one of the names is taken.
+            NoSpaceError: less than min-free is left.
+        """
+        from thinpool.api import volumes
+
+        return volumes.snapshot_many(
+            self._session,
+            source,
+            targets,
+            activate=activate,
+            directories=mount,
+            labels=labels or {},
+        )
 
     def commit(
         self, container: str, image: str, *, labels: Mapping[str, str] | None = None
@@ -417,6 +454,20 @@ class Thinpool:
         client, ref = self._session.of(volume)
         return volumes.activate(client, ref.name, read_only=read_only, owner=owner, mode=mode)
 
+    def activate_many(self, volumes: Sequence[str], *, read_only: bool = False) -> list[Activation]:
+        """Make block devices of several volumes of one pool: all or none.
+
+        Returns:
+            One for each, in their order; those that were active say so.
+
+        Raises:
+            BusyError, UnsupportedHostError: as ``activate``.
+        """
+        from thinpool.api import volumes as volume_operations
+
+        client, _, names = self._session.of_all(list(volumes))
+        return volume_operations.activate_many(client, names, read_only=read_only)
+
     def deactivate(self, volume: str) -> Volume:
         """Take the block device down; fine when there is none.
 
@@ -439,6 +490,24 @@ class Thinpool:
         return volumes.mount(
             self._session, volume, Path(directory), read_only=read_only, options=options
         )
+
+    def mount_many(
+        self,
+        directories: Mapping[str, Path | str],
+        *,
+        read_only: bool = False,
+        options: Iterable[str] = (),
+    ) -> list[Mounted]:
+        """Activate several volumes of one pool and mount each on its directory: all or none.
+
+        Args:
+            directories: where each volume goes, by ``POOL/NAME``.
+            read_only: mount them so, on read-only devices.
+            options: of all mounts.
+        """
+        from thinpool.api import volumes
+
+        return volumes.mount_many(self._session, directories, read_only=read_only, options=options)
 
     def umount(self, volume: str, directory: Path | str | None = None) -> Volume:
         """Unmount it (everywhere, or there), and deactivate what mount had activated."""

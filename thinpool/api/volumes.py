@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, TypeVar, TypeVarTuple
 
 from thinpool import errors
 from thinpool.api.session import Session, refuse_taken
@@ -15,9 +17,16 @@ from thinpool.model import Activation, Mounted, Removal, Trim, Volume
 from thinpool.names import parse_ref, same_pool
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from thinpool.server.client import PoolClient
+
+logger = logging.getLogger(__name__)
+
+_MOUNT_THREADS: Final = 8
+
+_Given = TypeVarTuple("_Given")
+_Made = TypeVar("_Made")
 
 
 def create(
@@ -65,16 +74,13 @@ def snapshot(
     client, ref = session.of(source)
     new = parse_ref(target)
     same_pool(ref, new)
+    plain = {"source": ref.name, "target": new.name, "size": size, "labels": dict(labels)}
+    if size is None and not read_only:
+        return Volume.from_json(client.call("snapshot", plain))
     origin = Volume.from_json(client.call("get", {"name": ref.name}))
     grows = size is not None and size > origin.size and origin.filesystem is not None
     if not grows and not read_only:
-        arguments = {
-            "source": ref.name,
-            "target": new.name,
-            "size": size,
-            "labels": dict(labels),
-        }
-        return Volume.from_json(client.call("snapshot", arguments))
+        return Volume.from_json(client.call("snapshot", plain))
     refuse_taken(client, new)
     kind = "image" if read_only else ("volume" if origin.kind == "volume" else "container")
     with Workbench(client) as bench:
@@ -92,6 +98,46 @@ def snapshot(
             filesystem=origin.filesystem,
         )
         return bench.publish(finished)[0]
+
+
+def snapshot_many(
+    session: Session,
+    source: str,
+    targets: Sequence[str],
+    *,
+    activate: bool,
+    directories: Sequence[Path | str] | None,
+    labels: Mapping[str, str],
+) -> list[Volume]:
+    """Make several snapshots, and devices and mounts of them; all or none."""
+    client, ref = session.of(source)
+    names = []
+    for target in targets:
+        new = parse_ref(target)
+        same_pool(ref, new)
+        names.append(new.name)
+    places = None if directories is None else _mount_points_for(names, directories)
+    arguments = {"source": ref.name, "targets": names, "labels": dict(labels)}
+    made = [Volume.from_json(each) for each in client.call("snapshot_many", arguments)]
+    try:
+        if places is not None:
+            mounted = _mount_all(client, names, places, read_only=False, options=(), fresh=True)
+            return [each.volume for each in mounted]
+        if activate:
+            return [each.volume for each in activate_many(client, names)]
+    except BaseException:
+        with contextlib.suppress(errors.ThinpoolError):
+            client.call("remove", {"names": names, "deactivate": True})
+        raise
+    return made
+
+
+def activate_many(
+    client: PoolClient, names: Sequence[str], *, read_only: bool = False, by_mount: bool = False
+) -> list[Activation]:
+    """Make several block devices, all or none."""
+    arguments = {"names": list(names), "read_only": read_only, "by_mount": by_mount}
+    return [Activation.from_json(each) for each in client.call("activate_many", arguments)]
 
 
 def activate(
@@ -129,6 +175,19 @@ def check_mount_point(directory: Path | str) -> str:
     return target
 
 
+def _mount_points_for(names: Sequence[str], directories: Sequence[Path | str]) -> list[str]:
+    """The real path of a directory for each volume."""
+    places = [check_mount_point(each) for each in directories]
+    if len(places) != len(names) or len(set(places)) != len(places):
+        raise errors.UsageError(
+            f"{len(names)} volumes need as many directories to mount on, each another: "
+            f"{len(set(places))} were given",
+            what="mount",
+            value=len(places),
+        )
+    return places
+
+
 def mount(
     session: Session,
     volume: str,
@@ -144,36 +203,109 @@ def mount(
     found = Volume.from_json(client.call("get", {"name": ref.name}))
     wants_read_only = read_only or found.read_only or "ro" in mounts.split_options(chosen)
     activation = _device_for_mount(client, found, read_only=wants_read_only)
-    device = activation.device or ""
     try:
-        number = os.stat(device).st_rdev  # noqa: PTH116 - a device's path
-        there = mountinfo.mount_at(target)
-        already = there is not None and there.device == number
-        if not already:
-            _mount(device, target, chosen, read_only=wants_read_only, volume=volume)
+        there = _mount_table() if activation.already_active else {}
+        return _mount_active(activation, target, chosen, read_only=wants_read_only, there=there)
     except BaseException:
+        _deactivate_new(client, [activation])
+        raise
+
+
+def mount_many(
+    session: Session,
+    directories: Mapping[str, Path | str],
+    *,
+    read_only: bool,
+    options: Iterable[str],
+) -> list[Mounted]:
+    """Activate and mount several, all or none."""
+    client, _, names = session.of_all(list(directories))
+    places = _mount_points_for(names, list(directories.values()))
+    return _mount_all(client, names, places, read_only=read_only, options=options)
+
+
+def _mount_all(
+    client: PoolClient,
+    names: Sequence[str],
+    places: Sequence[str],
+    *,
+    read_only: bool,
+    options: Iterable[str],
+    fresh: bool = False,
+) -> list[Mounted]:
+    """Activate all in one call, and mount them side by side: a mount waits more than it works."""
+    chosen = list(options)
+    read_only = read_only or "ro" in mounts.split_options(chosen)
+    activations = activate_many(client, names, read_only=read_only, by_mount=True)
+    there = _mount_table() if any(each.already_active for each in activations) else {}
+    done: list[Mounted] = []
+
+    def mount_one(activation: Activation, target: str) -> Mounted:
+        mounted = _mount_active(
+            activation, target, chosen, read_only=read_only, there=there, fresh=fresh
+        )
+        done.append(mounted)
+        return mounted
+
+    try:
+        return _side_by_side(mount_one, list(zip(activations, places, strict=True)))
+    except BaseException:
+        for mounted in done:
+            if not mounted.already_mounted:
+                with contextlib.suppress(errors.ThinpoolError):
+                    mounts.unmount(mounted.directory)
+        _deactivate_new(client, activations)
+        raise
+
+
+def _side_by_side(
+    work: Callable[[*_Given], _Made], arguments: Sequence[tuple[*_Given]]
+) -> list[_Made]:
+    """Call a function with each of the arguments, in threads; the first error, after all ended."""
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - few commands need it
+
+    with ThreadPoolExecutor(_MOUNT_THREADS) as threads:
+        waiting = [threads.submit(work, *each) for each in arguments]
+    return [each.result() for each in waiting]
+
+
+def _deactivate_new(client: PoolClient, activations: Sequence[Activation]) -> None:
+    """Undo what was activated to be mounted."""
+    for activation in activations:
         if not activation.already_active:
             with contextlib.suppress(errors.ThinpoolError):
-                client.call("deactivate", {"name": ref.name, "if_by_mount": True})
-        raise
+                client.call("deactivate", {"name": activation.volume.name, "if_by_mount": True})
+
+
+def _mount_table() -> dict[str, int]:
+    """What device is on each mount point of this namespace."""
+    return {entry.mount_point: entry.device for entry in mountinfo.own_mounts()}
+
+
+def _mount_active(
+    activation: Activation,
+    target: str,
+    options: list[str],
+    *,
+    read_only: bool,
+    there: Mapping[str, int],
+    fresh: bool = False,
+) -> Mounted:
+    """Mount a volume that is active, unless it is mounted there already."""
+    device, volume = activation.device or "", activation.volume
+    on = there.get(target)
+    already = activation.already_active and on is not None and on == _device_number(device)
+    if not already:
+        sealed = read_only or volume.read_only
+        known = fresh and not activation.already_active
+        _mount(device, target, options, read_only=sealed, volume=volume, known=known)
+    where = tuple(sorted({*volume.mounts, target}))
     return Mounted(
-        volume=Volume.from_json(client.call("get", {"name": ref.name})),
+        volume=replace(volume, mounts=where),
         device=device,
         directory=target,
         already_mounted=already,
     )
-
-
-def check_directory(directory: Path) -> str:
-    """The real path of a directory to mount on.
-
-    Raises:
-        NotFoundError: it is none.
-    """
-    target = os.path.realpath(directory)
-    if not Path(target).is_dir():
-        raise errors.NotFoundError(f"{directory} is no directory", path=str(directory))
-    return target
 
 
 def _device_for_mount(client: PoolClient, volume: Volume, *, read_only: bool) -> Activation:
@@ -186,12 +318,26 @@ def _device_for_mount(client: PoolClient, volume: Volume, *, read_only: bool) ->
         return activate(client, volume.name, read_only=False, by_mount=True)
 
 
-def _mount(device: str, target: str, options: list[str], *, read_only: bool, volume: str) -> None:
+def _mount(
+    device: str, target: str, options: list[str], *, read_only: bool, volume: Volume, known: bool
+) -> None:
+    """Mount a device; one that is known to hold what its volume says need not be read first."""
+    if known and volume.filesystem is not None:
+        try:
+            _mount_as(volume.filesystem, device, target, options, read_only=read_only)
+        except errors.ThinpoolError:  # somebody has made another on what it is a snapshot of
+            logger.debug("%s is no %s: looking", volume, volume.filesystem)
+        else:
+            return
     kind = filesystems.fs_type(device)
     if kind is None:
         raise errors.UsageError(
-            f"{volume} carries no filesystem that can be mounted", what="volume", value=volume
+            f"{volume} carries no filesystem that can be mounted", what="volume", value=str(volume)
         )
+    _mount_as(kind, device, target, options, read_only=read_only)
+
+
+def _mount_as(kind: str, device: str, target: str, options: list[str], *, read_only: bool) -> None:
     wanted = [*filesystems.default_options(kind), *options]
     mounts.mount(device, target, kind, wanted, read_only=read_only)
 
@@ -211,12 +357,31 @@ def umount(session: Session, volume: str, directory: Path | None) -> Volume:
     return Volume.from_json(client.call("get", {"name": ref.name}))
 
 
+def _unmount_all(devices: Sequence[str]) -> None:
+    """Unmount these devices wherever they are mounted in this namespace, side by side."""
+    numbers = {_device_number(device) for device in devices} - {None}
+    by_device: dict[int, list[str]] = {}
+    for entry in reversed(mountinfo.own_mounts() if numbers else []):
+        if entry.device in numbers:
+            by_device.setdefault(entry.device, []).append(entry.mount_point)
+
+    def unmount(targets: list[str]) -> None:
+        for target in targets:
+            mounts.unmount(target)
+
+    _side_by_side(unmount, [(targets,) for targets in by_device.values()])
+
+
+def _device_number(device: str) -> int | None:
+    try:
+        return os.stat(device).st_rdev  # noqa: PTH116 - a device's path
+    except FileNotFoundError:
+        return None
+
+
 def _mount_points(device: str) -> list[str]:
     """Where a device is mounted in this namespace, the last mount first."""
-    try:
-        number = os.stat(device).st_rdev  # noqa: PTH116 - a device's path
-    except FileNotFoundError:
-        return []
+    number = _device_number(device)
     return [
         entry.mount_point for entry in reversed(mountinfo.own_mounts()) if entry.device == number
     ]
@@ -229,11 +394,8 @@ def remove(session: Session, volumes: Sequence[str], *, deactivate: bool, dry_ru
     """Remove volumes."""
     client, _, names = session.of_all(list(volumes))
     if deactivate and not dry_run:
-        for name in names:
-            found = Volume.from_json(client.call("get", {"name": name}))
-            if found.device is not None:
-                for target in _mount_points(found.device):
-                    mounts.unmount(target)
+        found = [Volume.from_json(each) for each in client.call("get_many", {"names": names})]
+        _unmount_all([each.device for each in found if each.device is not None])
     arguments = {"names": names, "deactivate": deactivate, "dry_run": dry_run}
     return Removal.from_json(client.call("remove", arguments))
 

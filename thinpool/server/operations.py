@@ -118,6 +118,10 @@ def _get(service: PoolService, given: Arguments, _: Caller) -> Json:
     return service.get(given.text("name")).to_json()
 
 
+def _get_many(service: PoolService, given: Arguments, _: Caller) -> list[Json]:
+    return [each.to_json() for each in service.get_many(given.texts("names"))]
+
+
 def _by_label(service: PoolService, given: Arguments, _: Caller) -> list[Json]:
     return [each.to_json() for each in service.by_label(given.text("key"), given.text("value"))]
 
@@ -145,6 +149,13 @@ def _snapshot(service: PoolService, given: Arguments, caller: Caller) -> Json:
         lease=given.optional_text("lease"),
         caller=caller,
     ).to_json()
+
+
+def _snapshot_many(service: PoolService, given: Arguments, caller: Caller) -> list[Json]:
+    made = service.snapshot_many(
+        given.text("source"), given.texts("targets"), labels=given.labels(), caller=caller
+    )
+    return [volume.to_json() for volume in made]
 
 
 def _publish(service: PoolService, given: Arguments, caller: Caller) -> list[Json]:
@@ -206,6 +217,18 @@ def _activate(service: PoolService, given: Arguments, caller: Caller) -> Json:
     ).to_json()
 
 
+def _activate_many(service: PoolService, given: Arguments, caller: Caller) -> list[Json]:
+    made = service.activate_many(
+        given.texts("names"),
+        read_only=given.flag("read_only"),
+        by_mount=given.flag("by_mount"),
+        owner=given.owner(),
+        mode=given.optional_number("mode"),
+        caller=caller,
+    )
+    return [activation.to_json() for activation in made]
+
+
 def _deactivate(service: PoolService, given: Arguments, caller: Caller) -> Json:
     return service.deactivate(
         given.text("name"),
@@ -249,9 +272,11 @@ OPERATIONS: Final[Mapping[str, Callable[[PoolService, Arguments, Caller], Any]]]
     "status": _status,
     "list": _list,
     "get": _get,
+    "get_many": _get_many,
     "by_label": _by_label,
     "create": _create,
     "snapshot": _snapshot,
+    "snapshot_many": _snapshot_many,
     "publish": _publish,
     "seal": _seal,
     "rename": _rename,
@@ -259,6 +284,7 @@ OPERATIONS: Final[Mapping[str, Callable[[PoolService, Arguments, Caller], Any]]]
     "resize": _resize,
     "remove": _remove,
     "activate": _activate,
+    "activate_many": _activate_many,
     "deactivate": _deactivate,
     "configure": _configure,
     "extend": _extend,

@@ -8,7 +8,8 @@ Invariants:
   transaction as its result is written, so the pool's transaction id says which side of the change
   a crash fell on.
 - ``name`` is unique; what is being built or removed has a name that nobody can type.
-- Every write is one transaction, durable on return (WAL with synchronous=FULL).
+- Every write is one transaction, durable on return (WAL with synchronous=FULL), but for those of
+  activations, which a power cut ends in any case.
 - Writing needs no new space of the host's disk, which the pool's data may have filled: the log is
   made long enough at open and begun anew before its end, and the file holds free pages. So what
   fills the disk can always be removed.
@@ -40,6 +41,8 @@ REQUEST_AGE_S: Final = 600.0
 _CHECKPOINT_PAGES: Final = 64
 """The log is begun anew after so many, 256 KiB."""
 _RESERVE_BYTES: Final = 512 << 10
+
+_IDS_AT_ONCE: Final = 64
 
 READY: Final = "ready"
 BUILDING: Final = "building"
@@ -228,6 +231,7 @@ class Catalogue:
                 )
             else:
                 self.is_new = False
+            self._db.execute("CREATE INDEX IF NOT EXISTS requests_by_age ON requests (made)")
             self._reserve()
         except sqlite3.Error as cause:
             raise errors.CorruptMetadataError(
@@ -253,8 +257,14 @@ class Catalogue:
     # ---- transactions -----------------------------------------------------------------------
 
     @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        """One transaction, durable at its end; rolled back by an exception. Nests."""
+    def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """One transaction, durable at its end; rolled back by an exception. Nests.
+
+        Args:
+            durable: survives a power cut. Without, it survives this process, and a power cut
+                takes it only with everything that came after it: for what describes devices and
+                processes, which a power cut ends. Within another transaction, that one decides.
+        """
         with self._lock:
             if self._depth:
                 self._depth += 1
@@ -264,6 +274,9 @@ class Catalogue:
                     self._depth -= 1
                 return
             try:
+                if not durable:
+                    # In WAL mode: the log is not flushed at this commit, but by the next that is.
+                    self._db.execute("PRAGMA synchronous = NORMAL")
                 self._db.execute("BEGIN IMMEDIATE")
                 self._depth = 1
                 try:
@@ -276,6 +289,8 @@ class Catalogue:
                 raise self._failure(cause) from cause
             finally:
                 self._depth = 0
+                if not durable:
+                    self._db.execute("PRAGMA synchronous = FULL")
 
     def _commit(self) -> None:
         try:
@@ -341,8 +356,15 @@ class Catalogue:
 
     def records(self, *states: str) -> list[Record]:
         """All of some states (of all states when none is given), in the order of their ids."""
-        found = [_record(row) for row in self._rows("SELECT * FROM volumes ORDER BY id")]
-        return [record for record in found if not states or record.state in states]
+        where, values = _of_states(states)
+        rows = self._rows(f"SELECT * FROM volumes WHERE {where} ORDER BY id", values)  # noqa: S608 - text of our own
+        return [_record(row) for row in rows]
+
+    def count(self, *states: str) -> int:
+        """How many are in some states."""
+        where, values = _of_states(states)
+        rows = self._rows(f"SELECT count(*) AS n FROM volumes WHERE {where}", values)  # noqa: S608 - text of our own
+        return int(rows[0]["n"])
 
     def by_label(self, key: str, value: str) -> list[Record]:
         """Ready ones with a label."""
@@ -380,33 +402,31 @@ class Catalogue:
         with self.transaction() as db:
             db.execute("DELETE FROM volumes WHERE id = ?", (volume_id,))
 
-    def free_id(self, *, taken: frozenset[int] = frozenset()) -> VolumeId:
-        """An id that no row has: the next after the last one given, wrapping around.
+    def free_ids(self) -> Iterator[VolumeId]:
+        """Ids that no row has: from the next after the last one given on, then from the first.
 
-        Args:
-            taken: ids that the pool has though the catalogue does not.
+        Looked for as they are taken, so one costs the same whatever else there is.
 
         Raises:
-            LimitError: all 2^24 are in use.
+            LimitError: at the end, when all 2^24 are in use or were taken.
         """
         start = int(self.get("next_id") or 0)
-        with self._lock:
-            for candidate in (*self._gap(start, taken), *self._gap(0, taken)):
-                return VolumeId(candidate)
+        for first, last in ((start, VOLUME_ID_MAX), (0, start - 1)):
+            yield from self._gaps(first, last)
         raise errors.LimitError("all 16777216 device ids of the pool are in use")
 
-    def _gap(self, start: int, taken: frozenset[int]) -> list[int]:
-        """The first free id from start on, as a list of one or none."""
-        candidate = start
-        for row in self._db.execute("SELECT id FROM volumes WHERE id >= ? ORDER BY id", (start,)):
-            while candidate < row["id"] and candidate in taken:
-                candidate += 1
-            if candidate < row["id"]:
-                return [candidate]
-            candidate = row["id"] + 1
-        while candidate in taken:
-            candidate += 1
-        return [candidate] if candidate <= VOLUME_ID_MAX else []
+    def _gaps(self, first: int, last: int) -> Iterator[VolumeId]:
+        while first <= last:
+            rows = self._rows(
+                "SELECT id FROM volumes WHERE id BETWEEN ? AND ? ORDER BY id LIMIT ?",
+                (first, last, _IDS_AT_ONCE),
+            )
+            for row in rows:
+                yield from map(VolumeId, range(first, row["id"]))
+                first = row["id"] + 1
+            if len(rows) < _IDS_AT_ONCE:
+                yield from map(VolumeId, range(first, last + 1))
+                return
 
     # ---- activations ------------------------------------------------------------------------
 
@@ -419,33 +439,36 @@ class Catalogue:
         rows = self._rows("SELECT * FROM activations WHERE id = ?", (volume_id,))
         return _activation(rows[0]) if rows else None
 
-    def put_activation(self, record: ActivationRecord) -> None:
-        """Add or replace one."""
-        with self.transaction() as db:
-            db.execute(
+    def put_activations(self, records: Sequence[ActivationRecord]) -> None:
+        """Add or replace some, in one transaction that no power cut need survive."""
+        with self.transaction(durable=False) as db:
+            db.executemany(
                 "INSERT OR REPLACE INTO activations VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (
-                    record.id,
-                    int(record.read_only),
-                    record.generation,
-                    record.loop,
-                    record.sequence,
-                    int(record.by_mount),
-                    json.dumps(record.settings),
-                ),
+                [
+                    (
+                        record.id,
+                        int(record.read_only),
+                        record.generation,
+                        record.loop,
+                        record.sequence,
+                        int(record.by_mount),
+                        json.dumps(record.settings),
+                    )
+                    for record in records
+                ],
             )
 
-    def delete_activation(self, volume_id: int) -> None:
-        """Drop one."""
-        with self.transaction() as db:
-            db.execute("DELETE FROM activations WHERE id = ?", (volume_id,))
+    def delete_activations(self, ids: Sequence[int]) -> None:
+        """Drop some, likewise."""
+        with self.transaction(durable=False) as db:
+            db.executemany("DELETE FROM activations WHERE id = ?", [(each,) for each in ids])
 
-    def next_generation(self) -> int:
-        """A number that no activation had before."""
-        with self.transaction():
-            number = int(self.get("generation") or 0) + 1
-            self.put("generation", str(number))
-            return number
+    def next_generations(self, count: int) -> range:
+        """Numbers that no activation had before, since the last power cut at least."""
+        with self.transaction(durable=False):
+            first = int(self.get("generation") or 0) + 1
+            self.put("generation", str(first + count - 1))
+            return range(first, first + count)
 
     # ---- intents ----------------------------------------------------------------------------
 
@@ -549,6 +572,17 @@ class Catalogue:
     ) -> None:
         """Close."""
         self.close()
+
+
+def _of_states(states: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """A condition and its values; all rows when no state is given."""
+    if not states:
+        return "1", ()
+    places = ", ".join("?" for _ in states)
+    if READY in states:
+        return f"state IN ({places})", states
+    # Said in the words of the index volumes_by_state, which SQLite uses then.
+    return f"state <> 'ready' AND state IN ({places})", states
 
 
 def _activation(row: sqlite3.Row) -> ActivationRecord:

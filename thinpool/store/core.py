@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from thinpool.engine import BlockDevice, PoolBackend
     from thinpool.host.mountinfo import NamespaceMount
     from thinpool.model import VolumeId
-    from thinpool.store.devices import DeviceMaker, Served
+    from thinpool.store.devices import Device, DeviceMaker, Served
     from thinpool.store.poolfile import PoolConfig
 
 logger = logging.getLogger(__name__)
@@ -160,28 +160,30 @@ class PoolCore:
 
     def status(self) -> PoolStatus:
         """The pool's status."""
-        records = self._catalogue.records(READY, MISSING)
         return space.describe(
             self._config,
             self._pool.status(),
-            volumes=len(records),
+            volumes=self._catalogue.count(READY, MISSING),
             active=len(self._catalogue.activations()),
             server_pid=os.getpid(),
         )
 
     def volumes(self, *, exclusive: bool = False) -> list[Volume]:
         """Every volume."""
-        records = self._catalogue.records(READY, MISSING)
+        everything = self._catalogue.records()
+        names = {record.id: record.name for record in everything}
+        records = [record for record in everything if record.state in {READY, MISSING}]
         mapped = {info.id: info.mapped_blocks for info in self._pool.volumes()}
-        mounts = self._devices.all_mounts()
+        devices = self._devices.find_all(records)
+        mounts = self._devices.all_mounts() if devices else {}
         there = [record.id for record in records if record.state != MISSING]
         alone = care.exclusive(self, there) if exclusive else {}
-        names = {record.id: record.name for record in self._catalogue.records()}
         return [
             self._describe(
                 record,
                 mapped=mapped.get(record.id, 0),
                 names=names,
+                device=devices.get(record.id),
                 mounts=mounts,
                 exclusive=alone.get(record.id, 0) if exclusive else None,
             )
@@ -195,6 +197,15 @@ class PoolCore:
             NotFoundError: there is none of that name.
         """
         return self._volume(self._find(name))
+
+    def get_many(self, names: Sequence[str]) -> list[Volume]:
+        """Several, in their order; mounts are looked up once for all.
+
+        Raises:
+            NotFoundError: there is none of one of the names.
+        """
+        records = [self._find(name) for name in names]
+        return self._describe_all(records, mounts=self._devices.all_mounts())
 
     def by_label(self, key: str, value: str) -> list[Volume]:
         """Volumes with a label."""
@@ -224,16 +235,37 @@ class PoolCore:
             )
         return record
 
-    def _volume(self, record: Record) -> Volume:
-        mapped = 0
-        with contextlib.suppress(errors.NotFoundError):
-            mapped = self._pool.volume_info(record.id).mapped_blocks
+    def _volume(
+        self, record: Record, *, mounts: Mapping[int, Sequence[str]] | None = None
+    ) -> Volume:
+        """Describe one; where it is mounted is looked up in every namespace unless it is given."""
+        return self._describe_all([record], mounts=mounts)[0]
+
+    def _describe_all(
+        self, records: Sequence[Record], *, mounts: Mapping[int, Sequence[str]] | None = None
+    ) -> list[Volume]:
+        """Describe some."""
         names: dict[VolumeId, str] = {}
-        if record.parent is not None:
-            parent = self._catalogue.by_id(record.parent)
-            if parent is not None:
-                names[parent.id] = parent.name
-        return self._describe(record, mapped=mapped, names=names, mounts=None)
+        for parent in {record.parent for record in records if record.parent is not None}:
+            found = self._catalogue.by_id(parent)
+            if found is not None:
+                names[parent] = found.name
+        devices = self._devices.find_all(records)
+        described = []
+        for record in records:
+            mapped = 0
+            with contextlib.suppress(errors.NotFoundError):
+                mapped = self._pool.volume_info(record.id).mapped_blocks
+            described.append(
+                self._describe(
+                    record,
+                    mapped=mapped,
+                    names=names,
+                    device=devices.get(record.id),
+                    mounts=mounts,
+                )
+            )
+        return described
 
     def _describe(
         self,
@@ -241,11 +273,11 @@ class PoolCore:
         *,
         mapped: int,
         names: Mapping[VolumeId, str],
+        device: Device | None,
         mounts: Mapping[int, Sequence[str]] | None,
         exclusive: int | None = None,
     ) -> Volume:
         parent = names.get(record.parent) if record.parent is not None else None
-        device = self._devices.find(record)
         where: Sequence[str] = ()
         if device is not None and mounts is not None:
             where = mounts.get(device.device_number, ())

@@ -151,6 +151,16 @@ class Devices(ABC):
     def attach(self, record: Record, wanted: Wanted) -> Device:
         """Make the device of a volume that is not open. On failure nothing of it is left."""
 
+    def attach_all(self, wanted: Sequence[tuple[Record, Wanted]]) -> list[Device]:
+        """The same for several, in their order: all or none."""
+        made = []
+        with contextlib.ExitStack() as undo:
+            for record, how in wanted:
+                made.append(self.attach(record, how))
+                undo.callback(self.detach, record)
+            undo.pop_all()
+        return made
+
     @abstractmethod
     def detach(self, record: Record, *, deferred: bool = False) -> bool:
         """Take the device down.
@@ -200,6 +210,12 @@ class Devices(ABC):
 
     # ---- what is the same -------------------------------------------------------------------
 
+    def find_all(self, records: Sequence[Record]) -> dict[VolumeId, Device]:
+        """The devices of those that are active, by id."""
+        active = {each.id for each in self._catalogue.activations()}
+        found = {record.id: self.find(record) for record in records if record.id in active}
+        return {volume_id: device for volume_id, device in found.items() if device is not None}
+
     def mounts(self, device: Device) -> list[mountinfo.NamespaceMount]:
         """Where it is mounted, in every namespace that can be seen."""
         return mountinfo.mounts_of_device(device.device_number, source=device.node)
@@ -218,12 +234,12 @@ class Devices(ABC):
                 found.setdefault(entry.device, []).append(entry.mount_point)
         return found
 
-    def _activation(self, record: Record, wanted: Wanted) -> ActivationRecord:
+    def _activation(self, record: Record, wanted: Wanted, generation: int) -> ActivationRecord:
         """The record of a device that is about to be made."""
         return ActivationRecord(
             id=record.id,
             read_only=wanted.read_only,
-            generation=self._catalogue.next_generation(),
+            generation=generation,
             loop=None,
             sequence=None,
             by_mount=wanted.by_mount,
@@ -232,11 +248,14 @@ class Devices(ABC):
 
     def _hand_out(self, record: Record, node: str, wanted: Wanted) -> None:
         """Let its owner use a node, and a link lead to it."""
+        self._open_node(node, wanted)
+        self._run.link_device(self._pool, record.name, node)
+
+    def _open_node(self, node: str, wanted: Wanted) -> None:
         if wanted.owner is not None or wanted.mode is not None:
             user, group = wanted.owner if wanted.owner is not None else (None, None)
             mode = wanted.mode if wanted.mode is not None else _DEFAULT_MODE
             set_node_access(node, owner=user, group=group, mode=mode)
-        self._run.link_device(self._pool, record.name, node)
 
     def _link(self, record: Record, node: str) -> str:
         """The stable path; the node itself where a link could not be."""
@@ -318,10 +337,31 @@ class LoopDevices(Devices):
             return None
         return self._device(record, activation.loop, self._served)
 
+    def find_all(self, records: Sequence[Record]) -> dict[VolumeId, Device]:
+        """The devices of those that are active, by id; activations and links are read once."""
+        served = self._served
+        if served is None:
+            return {}
+        numbers = {each.id: each.loop for each in self._catalogue.activations()}
+        active = [
+            (record, number) for record in records if (number := numbers.get(record.id)) is not None
+        ]
+        if not active:
+            return {}
+        links = self._run.find_links(self._pool, [record.name for record, _ in active])
+        return {
+            record.id: self._device_at(record, number, served, links.get(record.name))
+            for record, number in active
+        }
+
     def _device(self, record: Record, number: int, served: Served) -> Device:
+        link = self._run.device_link(self._pool, record.name)
+        return self._device_at(record, number, served, link)
+
+    def _device_at(self, record: Record, number: int, served: Served, link: Path | None) -> Device:
         node = f"/dev/loop{number}"
         return Device(
-            path=self._link(record, node),
+            path=str(link) if link is not None else node,
             node=node,
             number=f"{loop.LOOP_MAJOR}:{number}",
             file=str(served.path(record.id)),
@@ -339,32 +379,59 @@ class LoopDevices(Devices):
 
     def attach(self, record: Record, wanted: Wanted) -> Device:
         """Make the device of a volume that is not open. On failure nothing of it is left."""
-        served = self.require(record)
-        if wanted.origin is not None:
-            raise errors.UnsupportedHostError(
-                f"{record.name} has an external origin, which the user engine does not read: "
-                "use a pool of the dm engine",
-                missing="external origins",
-                name=record.name,
-            )
-        activation = self._activation(record, wanted)
+        return self.attach_all([(record, wanted)])[0]
+
+    def attach_all(self, wanted: Sequence[tuple[Record, Wanted]]) -> list[Device]:
+        """Make the devices of several: all or none, their activations in two transactions."""
+        for record, how in wanted:
+            self.require(record)
+            if how.origin is not None:
+                raise errors.UnsupportedHostError(
+                    f"{record.name} has an external origin, which the user engine does not read: "
+                    "use a pool of the dm engine",
+                    missing="external origins",
+                    name=record.name,
+                )
+        generations = self._catalogue.next_generations(len(wanted))
+        planned = [
+            self._activation(record, how, generation)
+            for (record, how), generation in zip(wanted, generations, strict=True)
+        ]
         with contextlib.ExitStack() as undo:
-            self._catalogue.put_activation(activation)
-            undo.callback(self._catalogue.delete_activation, record.id)
-            file = served.add(
-                record.id,
-                size=record.size,
-                read_only=wanted.read_only,
-                generation=activation.generation,
+            self._catalogue.put_activations(planned)
+            undo.callback(self._catalogue.delete_activations, [each.id for each in planned])
+            made = [
+                self._attach_one(record, how, activation.generation, undo=undo)
+                for (record, how), activation in zip(wanted, planned, strict=True)
+            ]
+            self._catalogue.put_activations(
+                [
+                    replace(activation, loop=device.number, sequence=device.sequence)
+                    for activation, device in zip(planned, made, strict=True)
+                ]
             )
-            undo.callback(served.remove, record.id)
-            device = loop.attach(file, read_only=wanted.read_only)
-            undo.callback(loop.detach, device)
-            activation = replace(activation, loop=device.number, sequence=device.sequence)
-            self._catalogue.put_activation(activation)
-            self._hand_out(record, device.path, wanted)
+            nodes = {
+                record.name: device.path for (record, _), device in zip(wanted, made, strict=True)
+            }
+            links = self._run.link_devices(self._pool, nodes)
             undo.pop_all()
-        return self._device(record, device.number, served)
+        return [
+            self._device_at(record, device.number, self.require(record), links[record.name])
+            for (record, _), device in zip(wanted, made, strict=True)
+        ]
+
+    def _attach_one(
+        self, record: Record, wanted: Wanted, generation: int, *, undo: contextlib.ExitStack
+    ) -> loop.LoopDevice:
+        served = self.require(record)
+        file = served.add(
+            record.id, size=record.size, read_only=wanted.read_only, generation=generation
+        )
+        undo.callback(served.remove, record.id)
+        device = loop.attach(file, read_only=wanted.read_only)
+        undo.callback(loop.detach, device)
+        self._open_node(device.path, wanted)
+        return device
 
     # ---- down -------------------------------------------------------------------------------
 
@@ -385,7 +452,7 @@ class LoopDevices(Devices):
         if self._served is not None:
             with contextlib.suppress(errors.NotFoundError):
                 self._served.remove(record.id)
-        self._catalogue.delete_activation(record.id)
+        self._catalogue.delete_activations([record.id])
         return True
 
     def _standing(self, activation: ActivationRecord) -> loop.LoopDevice | None:
@@ -423,7 +490,7 @@ class LoopDevices(Devices):
             if record is not None:
                 self._run.unlink_device(self._pool, record.name)
                 lost.append(record.name)
-            self._catalogue.delete_activation(activation.id)
+            self._catalogue.delete_activations([activation.id])
         for volume_id in served - whole:
             self._take_down_file(volume_id)
         self._restore_links(whole)

@@ -92,8 +92,9 @@ class DmDevices(Devices):
         """Make the device of a volume that is not open. On failure nothing of it is left."""
         origin = None if wanted.origin is None else _block_device(wanted.origin, record)
         with contextlib.ExitStack() as undo:
-            self._catalogue.put_activation(self._activation(record, wanted))
-            undo.callback(self._catalogue.delete_activation, record.id)
+            [generation] = self._catalogue.next_generations(1)
+            self._catalogue.put_activations([self._activation(record, wanted, generation)])
+            undo.callback(self._catalogue.delete_activations, [record.id])
             reached("activation-recorded")
             thin = self._kernel.make_device(
                 record.id, size=record.size, read_only=wanted.read_only, origin=origin
@@ -112,7 +113,7 @@ class DmDevices(Devices):
             return False
         reached("device-removed")
         self._run.unlink_device(self._pool, record.name)
-        self._catalogue.delete_activation(record.id)
+        self._catalogue.delete_activations([record.id])
         reached("deactivation-recorded")
         return True
 
@@ -143,7 +144,7 @@ class DmDevices(Devices):
                 continue
             if record is not None:
                 lost.append(record.name)
-            self._catalogue.delete_activation(activation.id)
+            self._catalogue.delete_activations([activation.id])
         self._restore_links(whole)
         return lost
 

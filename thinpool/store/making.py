@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from thinpool import errors
 from thinpool.engine import Change, ChangeKind
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from thinpool.store.devices import Device
 
 logger = logging.getLogger(__name__)
+
+SNAPSHOTS_MAX: Final = 1000
+"""Of one transaction: its intent is one row, and the redo log takes them as one group."""
 
 
 def _yes() -> bool:
@@ -87,8 +90,8 @@ class Making(Leases):
         with self._lock.hold(timeout=caller.timeout):
             if (done := self._done_before(caller)) is not None:
                 return self._repeat(done)
-            record = self._new_record(
-                name,
+            [record] = self._new_records(
+                [name],
                 kind=kind,
                 parent=None,
                 size=size,
@@ -128,12 +131,7 @@ class Making(Leases):
             caller: who asks.
         """
         self._check_lease(lease)
-        with contextlib.ExitStack() as stack:
-            origin = self._present(source, lease=lease)
-            stack.enter_context(
-                self._locks.hold(origin.id, operation="snapshot", timeout=caller.timeout)
-            )
-            origin = self._present(source, lease=lease)
+        with self._origin(source, lease=lease, caller=caller) as origin:
             if (done := self._done_before(caller)) is not None:
                 return self._repeat(done)
             if size is not None:
@@ -146,26 +144,113 @@ class Making(Leases):
                         value=size,
                         smallest=origin.size,
                     )
-            space.guard(self._config, self._pool.status())
-            self._refuse_taken(target)
-            stack.enter_context(self._lock.hold(timeout=caller.timeout))
-            consistency, still = stack.enter_context(self._quiet(origin))
-            record = self._new_record(
-                target,
+            records = self._take(
+                origin,
+                [target],
                 kind=kind or _kind_of_snapshot(origin, read_only=read_only),
-                parent=origin.id,
+                read_only=read_only,
                 size=size or origin.size,
+                labels=labels,
+                lease=lease,
+                caller=caller,
+            )
+        return self._volume(records[0])
+
+    def snapshot_many(
+        self,
+        source: str,
+        targets: Sequence[str],
+        *,
+        labels: Mapping[str, str] | None = None,
+        caller: Caller = ANYONE,
+    ) -> list[Volume]:
+        """Make several snapshots of one instant in one transaction: all or none.
+
+        Args:
+            source: its name.
+            targets: the new names, SNAPSHOTS_MAX at most.
+            labels: kept with each.
+            caller: who asks.
+
+        Returns:
+            The snapshots, in the order of their names' asking; durable.
+
+        Raises:
+            UsageError: none, too many, or the same name twice.
+            AlreadyExistsError: one of the names is taken.
+        """
+        if not 0 < len(targets) <= SNAPSHOTS_MAX or len(set(targets)) != len(targets):
+            raise errors.UsageError(
+                f"{len(targets)} names were given, {len(set(targets))} different ones: "
+                f"1 to {SNAPSHOTS_MAX}, each once, can be snapshotted to at a time",
+                what="targets",
+                value=len(targets),
+            )
+        with self._origin(source, lease=None, caller=caller) as origin:
+            if (done := self._done_before(caller)) is not None:
+                return [self._repeat([each]) for each in done]
+            records = self._take(
+                origin,
+                targets,
+                kind=_kind_of_snapshot(origin, read_only=False),
+                read_only=False,
+                size=origin.size,
+                labels=labels,
+                lease=None,
+                caller=caller,
+            )
+        return self._describe_all(records)
+
+    @contextlib.contextmanager
+    def _origin(self, source: str, *, lease: str | None, caller: Caller) -> Iterator[Record]:
+        """What is snapshotted, kept from changing."""
+        origin = self._present(source, lease=lease)
+        with self._locks.hold(origin.id, operation="snapshot", timeout=caller.timeout):
+            yield self._present(source, lease=lease)
+
+    def _take(
+        self,
+        origin: Record,
+        targets: Sequence[str | None],
+        *,
+        kind: Kind,
+        read_only: bool,
+        size: int,
+        labels: Mapping[str, str] | None,
+        lease: str | None,
+        caller: Caller,
+    ) -> list[Record]:
+        """Snapshot an origin whose lock is held, in one transaction."""
+        space.guard(self._config, self._pool.status())
+        for target in targets:
+            self._refuse_taken(target)
+        with (
+            self._lock.hold(timeout=caller.timeout),
+            self._quiet(origin) as (consistency, still),
+        ):
+            how = consistency if still() else "crash"
+            records = self._new_records(
+                targets,
+                kind=kind,
+                parent=origin.id,
+                size=size,
                 read_only=read_only,
                 filesystem=origin.filesystem,
                 labels=labels,
                 lease=lease,
-                consistency=consistency if still() else "crash",
+                consistency=how,
             )
-            change = Change(kind=ChangeKind.SNAPSHOT, id=record.id, origin=origin.id)
-            self._apply("snapshot", [change], insert=[record], request=caller.request)
-            if record.consistency != "crash" and not still():  # thawed before it was done
-                record = self._catalogue.update(record, consistency="crash")
-        return self._volume(record)
+            changes = [
+                Change(kind=ChangeKind.SNAPSHOT, id=record.id, origin=origin.id)
+                for record in records
+            ]
+            self._apply("snapshot", changes, insert=records, request=caller.request)
+            if how != "crash" and not still():  # thawed before it was done
+                with self._catalogue.transaction():
+                    records = [
+                        self._catalogue.update(record, consistency="crash") for record in records
+                    ]
+        return records
 
     @contextlib.contextmanager
     def _quiet(self, origin: Record) -> Iterator[tuple[Consistency, Callable[[], bool]]]:
@@ -225,9 +310,9 @@ class Making(Leases):
                     return True
         return False
 
-    def _new_record(
+    def _new_records(
         self,
-        name: str | None,
+        names: Sequence[str | None],
         *,
         kind: Kind,
         parent: VolumeId | None,
@@ -237,38 +322,43 @@ class Making(Leases):
         labels: Mapping[str, str] | None,
         lease: str | None,
         consistency: Consistency | None = None,
-    ) -> Record:
-        """A row for something new. Call with the pool's lock held."""
-        if name is None and lease is None:
-            raise errors.UsageError("what has no name needs a lease", what="name")
-        self._refuse_taken(name)
-        volume_id = self._free_id()
+    ) -> list[Record]:
+        """Rows for something new. Call with the pool's lock held."""
+        for name in names:
+            if name is None and lease is None:
+                raise errors.UsageError("what has no name needs a lease", what="name")
+            self._refuse_taken(name)
         hidden = lease is not None
-        return Record(
-            id=volume_id,
-            name=name if name is not None and not hidden else f"{HIDDEN}{lease}.{volume_id}",
-            kind=kind,
-            parent=parent,
-            size=size,
-            read_only=read_only,
-            created=format_time(datetime.now(UTC)),
-            filesystem=filesystem,
-            consistency=consistency,
-            labels=dict(labels or {}),
-            state=BUILDING if hidden else READY,
-            lease=lease,
-        )
+        created = format_time(datetime.now(UTC))
+        return [
+            Record(
+                id=volume_id,
+                name=name if name is not None and not hidden else f"{HIDDEN}{lease}.{volume_id}",
+                kind=kind,
+                parent=parent,
+                size=size,
+                read_only=read_only,
+                created=created,
+                filesystem=filesystem,
+                consistency=consistency,
+                labels=dict(labels or {}),
+                state=BUILDING if hidden else READY,
+                lease=lease,
+            )
+            for name, volume_id in zip(names, self._free_ids(len(names)), strict=True)
+        ]
 
-    def _free_id(self) -> VolumeId:
-        """An id that neither the catalogue nor the pool has."""
-        taken: set[int] = set()
-        while True:
-            candidate = self._catalogue.free_id(taken=frozenset(taken))
+    def _free_ids(self, count: int) -> list[VolumeId]:
+        """Ids that neither the catalogue nor the pool has."""
+        found: list[VolumeId] = []
+        for candidate in self._catalogue.free_ids():
             try:
                 self._pool.volume_info(candidate)
             except errors.NotFoundError:
-                return candidate
-            taken.add(candidate)
+                found.append(candidate)
+                if len(found) == count:
+                    break
+        return found
 
     def publish(
         self, items: Sequence[Publication], *, lease: str, caller: Caller = ANYONE

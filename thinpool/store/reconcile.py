@@ -196,7 +196,7 @@ def _settle_missing(
                     Finding(subject=record.name, state="note", message="is in the pool again")
                 )
             continue
-        catalogue.delete_activation(record.id)
+        catalogue.delete_activations([record.id])
         if record.state in {BUILDING, DELETING}:
             catalogue.delete(record.id)
         elif record.state == READY:

@@ -15,7 +15,7 @@ from thinpool.store.core import ANYONE, Caller, PoolCore
 from thinpool.store.devices import EXTERNAL_ORIGIN, Wanted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from thinpool import engine
     from thinpool.store.catalogue import (
@@ -46,22 +46,85 @@ class Using(PoolCore):
         record = self._present(name, lease=lease)
         with self._locks.hold(record.id, operation="activate", timeout=caller.timeout):
             record = self._present(name, lease=lease)
-            read_only = read_only or record.read_only or self._config.read_only
-            existing = self._catalogue.activation(record.id)
-            if existing is not None:
-                return self._already_active(record, read_only=read_only)
+            read_only = self._sealed(record, read_only)
+            if self._catalogue.activation(record.id) is not None:
+                device = self._stands_as(record, read_only=read_only)
+                return _activation(self._volume(record), device, already=True)
             self._refuse_in_use(record)
-            wanted = Wanted(
-                read_only=read_only,
-                by_mount=by_mount,
-                owner=owner,
-                mode=mode,
-                origin=record.labels.get(EXTERNAL_ORIGIN),
-            )
+            wanted = self._wanted(record, read_only, by_mount=by_mount, owner=owner, mode=mode)
             device = self._devices.attach(record, wanted)
-        return self._activation(record, device, already=False)
+        # What was made just now is mounted nowhere: looking would cost more than making it.
+        return _activation(self._volume(record, mounts={}), device, already=False)
 
-    def _already_active(self, record: Record, *, read_only: bool) -> Activation:
+    def activate_many(
+        self,
+        names: Sequence[str],
+        *,
+        read_only: bool = False,
+        by_mount: bool = False,
+        owner: tuple[int, int] | None = None,
+        mode: int | None = None,
+        caller: Caller = ANYONE,
+    ) -> list[Activation]:
+        """Make block devices of several volumes, all or none; those that are active stay so.
+
+        Returns:
+            One for each name, in their order.
+        """
+        records = {name: self._present(name) for name in names}
+        ids = [record.id for record in records.values()]
+        with self._locks.hold(*ids, operation="activate", timeout=caller.timeout):
+            records = {name: self._present(name) for name in names}
+            active = {each.id for each in self._catalogue.activations()}
+            idle = [record for record in records.values() if record.id not in active]
+            standing = [record for record in records.values() if record.id in active]
+            devices = {
+                record.id: self._stands_as(record, read_only=self._sealed(record, read_only))
+                for record in standing
+            }
+            for record in idle:
+                self._refuse_in_use(record)
+            made = self._devices.attach_all(
+                [
+                    (
+                        record,
+                        self._wanted(record, read_only, by_mount=by_mount, owner=owner, mode=mode),
+                    )
+                    for record in idle
+                ]
+            )
+            devices.update(zip((record.id for record in idle), made, strict=True))
+        where = self._devices.all_mounts() if standing else {}
+        volumes = self._describe_all(list(records.values()), mounts=where)
+        found = {
+            volume.name: _activation(volume, devices[volume.id], already=volume.id in active)
+            for volume in volumes
+        }
+        return [found[name] for name in names]
+
+    def _sealed(self, record: Record, read_only: bool) -> bool:  # noqa: FBT001 - the only question
+        """Whether an activation of it is read-only, asked for or not."""
+        return read_only or record.read_only or self._config.read_only
+
+    def _wanted(
+        self,
+        record: Record,
+        read_only: bool,  # noqa: FBT001 - as above
+        *,
+        by_mount: bool,
+        owner: tuple[int, int] | None,
+        mode: int | None,
+    ) -> Wanted:
+        return Wanted(
+            read_only=self._sealed(record, read_only),
+            by_mount=by_mount,
+            owner=owner,
+            mode=mode,
+            origin=record.labels.get(EXTERNAL_ORIGIN),
+        )
+
+    def _stands_as(self, record: Record, *, read_only: bool) -> Device:
+        """The device of an active volume; BusyError where it is active the other way."""
         existing = self._catalogue.activation(record.id)
         device = self._devices.find(record)
         if existing is None or device is None:
@@ -75,16 +138,7 @@ class Using(PoolCore):
                 holder=device.path,
                 device=device.path,
             )
-        return self._activation(record, device, already=True)
-
-    def _activation(self, record: Record, device: Device, *, already: bool) -> Activation:
-        return Activation(
-            volume=self._volume(record),
-            device=device.path,
-            number=device.number,
-            file=device.file,
-            already_active=already,
-        )
+        return device
 
     def deactivate(
         self,
@@ -135,3 +189,13 @@ class Using(PoolCore):
             yield volume
         finally:
             self._volumes.release(record.id, writer=writer)
+
+
+def _activation(volume: Volume, device: Device, *, already: bool) -> Activation:
+    return Activation(
+        volume=volume,
+        device=device.path,
+        number=device.number,
+        file=device.file,
+        already_active=already,
+    )

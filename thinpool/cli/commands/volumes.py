@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -10,8 +11,12 @@ import click
 from thinpool.cli import exits
 from thinpool.cli.command import command
 from thinpool.cli.params import NEW_NAME, POOL, SIZE, VOLUME
+from thinpool.host.failures import failure
+from thinpool.names import parse_ref
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from thinpool.cli.session import Session
     from thinpool.model import Volume
 
@@ -30,6 +35,23 @@ def made(session: Session, volume: Volume) -> None:
     note = text.consistency_note(volume)
     if note is not None:
         session.note(note)
+
+
+def made_many(session: Session, volumes: Sequence[Volume]) -> None:
+    """Confirm new volumes, as ``made`` does one."""
+    from thinpool.cli import text
+
+    if session.json:
+        session.write_json({"schema": 1, "volumes": [volume.to_json() for volume in volumes]})
+        return
+    for volume in volumes:
+        if volume.device is not None:
+            session.write(volume.device)
+        elif not session.quiet:
+            session.write(text.volume_line(volume))
+        note = text.consistency_note(volume)
+        if note is not None:
+            session.note(note)
 
 
 def changed(session: Session, volume: Volume) -> None:
@@ -86,13 +108,23 @@ def create(
             "One command per guest: a larger disk of its own, ready to use:",
         ),
         ("thinpool snapshot p/db p/db.monday --read-only", "Keep what a volume holds now:"),
+        (
+            "thinpool snapshot p/debian p/g{1..100} --mount-each /guests",
+            "A hundred at once, mounted on /guests/g1 to /guests/g100:",
+        ),
     ],
 )
 @click.argument("source", type=VOLUME, metavar="POOL/FROM")
-@click.argument("target", type=VOLUME, metavar="POOL/TO")
+@click.argument("targets", type=VOLUME, nargs=-1, required=True, metavar="POOL/TO...")
 @click.option("--read-only", is_flag=True, help="Seal it; of a container that is an image.")
 @click.option("--size", type=SIZE, help="Larger than the source's: its filesystem grows too.")
 @click.option("--activate", is_flag=True, help="Activate it and print its device.")
+@click.option(
+    "--mount-each",
+    type=click.Path(readable=False, path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Activate each, mount it on DIR/NAME, which is made, and print its device.",
+)
 @click.option(
     "--mount",
     type=click.Path(readable=False, path_type=Path, file_okay=False),
@@ -104,25 +136,60 @@ def snapshot(
     session: Session,
     *,
     source: str,
-    target: str,
+    targets: tuple[str, ...],
     read_only: bool,
     size: int | None,
     activate: bool,
     mount: Path | None,
+    mount_each: Path | None,
 ) -> None:
-    """Make a snapshot of anything, at any depth, active or not.
+    """Make snapshots of anything, at any depth, active or not.
 
     It shares every block with its source until either is written. It holds what a disk would hold
     after a power cut at one instant; a filesystem that is mounted on this host is frozen for that
     instant, so that the snapshot is clean. Where it cannot be frozen the output says
     crash-consistent.
+
+    Several names make as many snapshots of the same instant, all or none, in one commit.
     """
-    made(
-        session,
-        session.api.snapshot(
-            source, target, read_only=read_only, size=size, activate=activate, mount=mount
-        ),
-    )
+    if len(targets) == 1 and mount_each is None:
+        made(
+            session,
+            session.api.snapshot(
+                source, targets[0], read_only=read_only, size=size, activate=activate, mount=mount
+            ),
+        )
+        return
+    for given, option in ((read_only, "--read-only"), (size, "--size"), (mount, "--mount")):
+        if given:
+            raise click.UsageError(f"{option} is for one snapshot; several were asked for")
+    if mount_each is None:
+        made_many(session, session.api.snapshot_many(source, targets, activate=activate))
+        return
+    with _directories(mount_each, [parse_ref(target).name for target in targets]) as directories:
+        volumes = session.api.snapshot_many(source, targets, mount=directories)
+    made_many(session, volumes)
+
+
+@contextlib.contextmanager
+def _directories(below: Path, names: Sequence[str]) -> Iterator[list[Path]]:
+    """A directory for each name; those made here go again when what they are for fails."""
+    with contextlib.ExitStack() as undo:
+        for name in names:
+            try:
+                (below / name).mkdir()
+            except FileExistsError:
+                continue  # what it is, mount will see
+            except OSError as cause:
+                raise failure(cause, f"cannot make {below / name}", path=str(below)) from cause
+            undo.callback(_remove_directory, below / name)
+        yield [below / name for name in names]
+        undo.pop_all()
+
+
+def _remove_directory(directory: Path) -> None:
+    with contextlib.suppress(OSError):
+        directory.rmdir()
 
 
 @command(
