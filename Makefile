@@ -13,7 +13,7 @@ SANITIZE := -Db_sanitize=address,undefined
 export UBSAN_OPTIONS := print_stacktrace=1:halt_on_error=1
 C_FILES = $(shell git ls-files "csrc/*.c" "csrc/*.h")
 
-.PHONY: dev check test test-c asan asan-python lint fmt docs docs-check bench bench-setup ci soak dist clean
+.PHONY: dev check test test-c asan asan-python lint fmt docs docs-check bench bench-setup ci soak soak-dm dist clean
 
 dev: ## an editable install: C is rebuilt when thinpool is imported
 	python3 -m venv $(VENV)
@@ -79,6 +79,10 @@ bench-setup: ## what the benchmarks need, peers included
 soak: ## hours: random models and crash images, far beyond what the suite does
 	THINPOOL_PROFILE=soak THINPOOL_CRASH_SEEDS=$${THINPOOL_CRASH_SEEDS:-200} \
 		THINPOOL_FSX_OPERATIONS=$${THINPOOL_FSX_OPERATIONS:-50000} $(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup --timeout 0 tests
+
+soak-dm: ## an hour: a real kernel's machine stopped cold 60 times, and pools carried to it and back
+	THINPOOL_COLD_STOPS=$${THINPOOL_COLD_STOPS:-30} THINPOOL_BOTH_WAYS_ROUNDS=$${THINPOOL_BOTH_WAYS_ROUNDS:-30} \
+		$(PYTHON) -m pytest --timeout 0 -rP tests/kernel
 
 # Lint runs inside pytest (tests/tidy), so that pytest's summary, which is the last line, covers it.
 ci: ## everything, setting up what is missing
