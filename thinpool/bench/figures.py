@@ -20,6 +20,8 @@ def value(number: float, unit: str) -> str:
         return seconds(number)
     if unit == "bytes":
         return format_size(round(number)) if number >= 0 else f"-{format_size(round(-number))}"
+    if unit == "bytes/s":
+        return f"{format_size(round(number))}/s"
     if unit == "1/s":
         return f"{rate(number)}/s"
     return f"{digits(number)} {unit}".rstrip()

@@ -6,7 +6,7 @@ import json
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from thinpool.errors import ThinpoolError, UnsupportedHostError
 from thinpool.host.programs import find_program
@@ -62,8 +62,8 @@ class Outcome:
     Attributes:
         iops: requests a second, all jobs.
         mean, p50, p99, p999: seconds from submission to completion.
-        cpu: seconds of the whole host's processors a request: fio, the kernel and all servers.
-        ios: requests.
+        cpu: seconds of the whole host's processors a request: fio, the kernel and all servers;
+            None where jobs ran one after another and it cannot be told whose they were.
     """
 
     iops: float
@@ -71,19 +71,18 @@ class Outcome:
     p50: float
     p99: float
     p999: float
-    cpu: float
-    ios: int
+    cpu: float | None
 
     def metrics(self) -> dict[str, tuple[str, float]]:
         """By name, with units."""
-        return {
+        found = {
             "iops": ("1/s", self.iops),
             "mean": ("s", self.mean),
             "p50": ("s", self.p50),
             "p99": ("s", self.p99),
             "p99.9": ("s", self.p999),
-            "cpu": ("s", self.cpu),
         }
+        return found if self.cpu is None else {**found, "cpu": ("s", self.cpu)}
 
 
 def check_fio() -> str:
@@ -100,38 +99,25 @@ def check_fio() -> str:
     return path
 
 
-def run(device: str, job: Job, *, seed: int) -> Outcome:
-    """Run one job on a device or file that exists.
+def run(device: str, *jobs: Job, seed: int) -> list[Outcome]:
+    """Run jobs one after another on a device or file that exists.
 
     Raises:
         ThinpoolError: fio failed, or did another number of requests than it was asked for.
     """
     command = [
         check_fio(),
-        "--name=job",
         f"--filename={device}",
-        f"--rw={job.rw}",
-        f"--bs={job.block}",
-        f"--iodepth={job.depth}",
-        f"--numjobs={job.jobs}",
         "--ioengine=libaio",
         "--direct=1",
+        "--disk_util=0",
         "--group_reporting",
         f"--randseed={seed + 1}",
         "--percentile_list=50:99:99.9",
         "--output-format=json",
     ]
-    if job.size:
-        command.append(f"--size={job.size}")
-    if job.count:
-        command += [f"--number_ios={job.count}", f"--blockalign={job.align}"]
-    else:
-        command += [
-            "--norandommap",
-            "--time_based",
-            f"--runtime={job.seconds * 1000:.0f}ms",
-            f"--ramp_time={_RAMP_SECONDS * 1000:.0f}ms",
-        ]
+    for number, job in enumerate(jobs):
+        command += [f"--name=job{number}", "--stonewall", *_options(job)]
     before = busy_seconds()
     done = subprocess.run(
         command,
@@ -146,7 +132,36 @@ def run(device: str, job: Job, *, seed: int) -> Outcome:
     busy = busy_seconds() - before
     if done.returncode:
         raise ThinpoolError(f"fio on {device} failed: {' '.join(done.stderr.split())[:300]}")
-    found = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
+    found = json.loads(done.stdout[done.stdout.index("{") :])["jobs"]
+    if len(found) != len(jobs):
+        raise ThinpoolError(f"fio on {device} reported {len(found)} jobs of {len(jobs)}")
+    return [
+        _outcome(device, job, each, busy=busy if len(jobs) == 1 else None)
+        for job, each in zip(jobs, found, strict=True)
+    ]
+
+
+def _options(job: Job) -> list[str]:
+    options = [
+        f"--rw={job.rw}",
+        f"--bs={job.block}",
+        f"--iodepth={job.depth}",
+        f"--numjobs={job.jobs}",
+    ]
+    if job.size:
+        options.append(f"--size={job.size}")
+    if job.count:
+        return [*options, f"--number_ios={job.count}", f"--blockalign={job.align}"]
+    return [
+        *options,
+        "--norandommap",
+        "--time_based",
+        f"--runtime={job.seconds * 1000:.0f}ms",
+        f"--ramp_time={_RAMP_SECONDS * 1000:.0f}ms",
+    ]
+
+
+def _outcome(device: str, job: Job, found: dict[str, Any], *, busy: float | None) -> Outcome:
     side = found["read" if "read" in job.rw else "write"]
     ios = int(side["total_ios"])
     if job.count and ios != job.count * job.jobs:
@@ -160,8 +175,7 @@ def run(device: str, job: Job, *, seed: int) -> Outcome:
         p50=percentiles["50.000000"] / 1e9,
         p99=percentiles["99.000000"] / 1e9,
         p999=percentiles["99.900000"] / 1e9,
-        cpu=busy / max(1, ios * share),
-        ios=ios,
+        cpu=None if busy is None else busy / max(1, ios * share),
     )
 
 

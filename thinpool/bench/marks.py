@@ -5,7 +5,7 @@ A mark is a ratio of medians of one run wherever it compares, so that it holds o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from thinpool.bench import figures
@@ -151,6 +151,94 @@ def _io_ratio(
     return find
 
 
+# ---- the other suites -------------------------------------------------------------------------
+
+_STEPS: Final = ("append", "create", "delete")
+
+
+def _small_files(step: str) -> Callable[[Report], float | None]:
+    """Our speed over overlay2's on ext4."""
+    return lambda report: ratio(
+        report.median("small-files", step, _EXT4, "durable"),
+        report.median("small-files", step, OURS, "durable"),
+    )
+
+
+def _create(how: str, snapshots: int = 10) -> Callable[[Report], float | None]:
+    return lambda report: report.median(
+        "snapshots", "create", OURS, "time", how=how, snapshots=snapshots
+    )
+
+
+def _many_snapshots(report: Report) -> float | None:
+    how = "in the transaction"
+    return ratio(_create(how, 100_000)(report), _create(how, 10)(report))
+
+
+def _against_processes(report: Report) -> float | None:
+    others = report.median("snapshots", "create", "four dmsetup processes", "time", snapshots=10)
+    return ratio(others, _create("API, durable")(report))
+
+
+def _at_once(report: Report) -> float | None:
+    """The faster of the two ways that there are."""
+    found = [
+        series.median
+        for series in report.series("snapshots", "100 at once")
+        if series.subject.startswith(OURS) and series.metric == "create to mount"
+    ]
+    return min(found, default=None)
+
+
+def _allocate(
+    full: int, *, want: int = 1, layout: str | None = None
+) -> Callable[[Report], float | None]:
+    """A block, seconds, in the worse layout where none is named."""
+
+    def find(report: Report) -> float | None:
+        found = [
+            series.median
+            for series in report.series("core", "allocate", full=full, want=want)
+            if series.subject == OURS
+            and series.metric == "a block"
+            and layout in {None, series.parameters["layout"]}
+        ]
+        return max(found, default=None)
+
+    return find
+
+
+def _run_length(report: Report) -> float | None:
+    return report.median("core", "allocate", OURS, "got", layout="fragmented", full=50, want=64)
+
+
+def _crc(name: str) -> Callable[[Report], float | None]:
+    return lambda report: report.median("core", "crc32c", f"thinpool, {name}", "rate")
+
+
+def _lookup(name: str) -> Callable[[Report], float | None]:
+    return lambda report: report.median("core", "lookup", name, "rate")
+
+
+def _checker(case: str, **parameters: str | int) -> Callable[[Report], float | None]:
+    """How many times faster than the tool that does the same."""
+
+    def find(report: Report) -> float | None:
+        theirs = [
+            series.median
+            for series in report.series("metadata", case, **parameters)
+            if series.metric == "time" and series.subject.startswith("thin_")
+        ]
+        mine = report.median("metadata", case, OURS, "time", **parameters)
+        return ratio(theirs[0], mine) if theirs else None
+
+    return find
+
+
+def _server(case: str, metric: str, **parameters: str) -> Callable[[Report], float | None]:
+    return lambda report: report.median("server", case, OURS, metric, **parameters)
+
+
 MARKS: Final = (
     Mark(
         what="4 KiB edit, 1 GiB: faster than overlay2 on ext4", find=_faster(_EXT4, GIB), least=100
@@ -218,9 +306,134 @@ MARKS: Final = (
         for case in ("first write", "break sharing")
         for ours in (OURS, _AGED)
     ),
+    *(
+        Mark(
+            what=f"10,000 small files, {step}: speed over overlay2 on ext4",
+            find=_small_files(step),
+            least=0.8,
+        )
+        for step in _STEPS
+    ),
+    Mark(
+        what="host flushes for a flush where nothing was mapped",
+        find=_server("flush", "host flushes", what="nothing mapped"),
+        most=1,
+        unit="",
+    ),
+    Mark(
+        what="host flushes for a commit",
+        find=_server("flush", "host flushes", what="a commit"),
+        most=3,
+        unit="",
+    ),
+    Mark(
+        what="host flushes for 8 who wait for one commit at once",
+        find=_server("flush", "host flushes", what="8 who wait for one commit"),
+        unit="",
+    ),
+    Mark(
+        what="snapshot create, in the transaction",
+        find=_create("in the transaction"),
+        most=100e-6,
+        unit="s",
+    ),
+    *(
+        Mark(what=f"snapshot create, {how}", find=_create(how), unit="s")
+        for how in (
+            "engine, durable",
+            "API, durable",
+            "command line, durable",
+            "engine, 100 in one commit",
+        )
+    ),
+    Mark(
+        what="snapshot create: with 100,000 in the pool over with 10",
+        find=_many_snapshots,
+        most=1.5,
+    ),
+    Mark(
+        what="snapshot create, API, durable: faster than four dmsetup processes",
+        find=_against_processes,
+        least=5,
+    ),
+    Mark(what="100 at once: create, activate and mount", find=_at_once, most=0.3, unit="s"),
+    Mark(what="allocate one block, 50 % full", find=_allocate(50), most=3e-9, unit="s"),
+    Mark(what="allocate one block, 99 % full", find=_allocate(99), most=12e-9, unit="s"),
+    Mark(
+        what="allocate runs of 64 in long stretches, 50 % full: a block",
+        find=_allocate(50, want=64, layout="stretches"),
+        most=1e-9,
+        unit="s",
+    ),
+    Mark(
+        what="allocate runs of 64 in fragments, 50 % full: blocks got",
+        find=_run_length,
+        unit="blocks",
+    ),
+    Mark(what="CRC-32C of 4 KiB, SSE4.2", find=_crc("sse4.2"), least=15, unit="GB/s"),
+    Mark(what="CRC-32C of 4 KiB, AVX-512", find=_crc("avx512"), least=40, unit="GB/s"),
+    Mark(
+        what="mapping lookups, random, from the cache",
+        find=_lookup("thinpool's cache"),
+        least=15e6,
+        unit="1/s",
+    ),
+    Mark(
+        what="mapping lookups, random, in the btree",
+        find=_lookup("thinpool's btree"),
+        unit="1/s",
+    ),
+    Mark(
+        what="check of 4 million mappings: faster than thin_check",
+        find=_checker("check", mappings=4_000_000),
+        least=20,
+    ),
+    Mark(
+        what="check of 4 million mappings: memory above the interpreter",
+        find=lambda report: report.median("metadata", "check", OURS, "memory", mappings=4_000_000),
+        most=64 * MIB,
+        unit="bytes",
+    ),
+    *(
+        Mark(
+            what=f"delta at 1 % ({kind}) of a million: faster than thin_delta",
+            find=_checker("delta", mappings=1_000_000, changed=kind),
+            least=100 if kind == "clustered" else None,
+        )
+        for kind in ("clustered", "scattered")
+    ),
+    Mark(
+        what="removing 20 volumes of 1 GiB: blocks allocatable again",
+        find=_server("removal", "allocatable"),
+        most=0.4,
+        unit="s",
+    ),
+    Mark(
+        what="removing 20 volumes of 1 GiB: mapped",
+        find=_server("removal", "mapped"),
+        unit="bytes",
+    ),
+    Mark(
+        what="removing 20 volumes of 1 GiB: space returned to the host",
+        find=_server("removal", "return rate"),
+        unit="bytes/s",
+    ),
+    Mark(
+        what="the server at rest, 100 volumes active: memory",
+        find=_server("at rest", "memory"),
+        most=64 * MIB,
+        unit="bytes",
+    ),
+    Mark(
+        what="the server at rest, 100 volumes active: wake-ups a second",
+        find=_server("at rest", "wake-ups"),
+        most=0,
+        unit="1/s",
+    ),
 )
 
 
 def judge(report: Report) -> list[Verdict]:
-    """Every mark, in order."""
-    return [mark.judge(report) for mark in MARKS]
+    """Every mark, in order; of a quick run nothing is reached or missed."""
+    verdicts = [mark.judge(report) for mark in MARKS]
+    return [replace(each, reached=None) for each in verdicts] if report.quick else verdicts

@@ -34,7 +34,8 @@ def render(report: Report, *, width: int = 200, color: bool = False) -> str:
 def _suite(console: Console, name: str, suite: SuiteResults) -> None:
     console.print(f"\n== {name}: {suite.state}, {suite.seconds:.0f} s", highlight=False)
     for title, rows in _grouped(suite.series):
-        table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="")
+        console.print(f"\n{title}", highlight=False, soft_wrap=True)
+        table = Table(box=box.SIMPLE_HEAD)
         metrics = list(dict.fromkeys(series.metric for series in rows))
         table.add_column("", no_wrap=True)
         for metric in metrics:

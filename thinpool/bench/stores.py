@@ -52,6 +52,10 @@ class Store(ABC):
     def container(self, image: str) -> contextlib.AbstractContextManager[Path]:
         """A new container: the folder that shows its files. It is removed afterwards."""
 
+    def write_back(self, folder: Path) -> None:
+        """Make everything in a container durable."""
+        sync_filesystem(folder)
+
     @abstractmethod
     def used(self) -> int:
         """Bytes in use on the disk below, everything written back first."""
@@ -192,6 +196,11 @@ class FuseOverlay(OnDisk):
             )
         super().__init__(place, disk, self._package)
 
+    def write_back(self, folder: Path) -> None:
+        """Of the disk, too: FUSE passes no syncfs on."""
+        sync_filesystem(folder)
+        sync_filesystem(self.disk)
+
     @contextlib.contextmanager
     def container(self, image: str) -> Iterator[Path]:
         """Its filesystem over the image."""
@@ -221,8 +230,12 @@ class Copies(OnDisk):
     def container(self, image: str) -> Iterator[Path]:
         """The copy; durable, as any container's files are before they are used."""
         with self.own_folder() as folder:
-            for source in self.image(image).iterdir():
-                self.copy(source, folder / source.name)
+            for path, folders, files in os.walk(self.image(image)):
+                here = folder / Path(path).relative_to(self.image(image))
+                for name in folders:
+                    (here / name).mkdir()
+                for name in files:
+                    self.copy(Path(path) / name, here / name)
             sync_filesystem(folder)
             yield folder
 

@@ -47,5 +47,35 @@ SUITES: Final = {
             root=True,
             seconds=480,
         ),
+        Suite(
+            name="small-files",
+            summary="many small files, and many containers that read the same ones",
+            root=True,
+            seconds=180,
+        ),
+        Suite(
+            name="snapshots",
+            summary="snapshots one after another, 100 at once, and in pools that hold many",
+            root=True,
+            seconds=180,
+        ),
+        Suite(
+            name="core",
+            summary="allocator, CRC-32C and mapping lookups against their limits",
+            root=False,
+            seconds=90,
+        ),
+        Suite(
+            name="metadata",
+            summary="check and delta against thin_check and thin_delta",
+            root=False,
+            seconds=110,
+        ),
+        Suite(
+            name="server",
+            summary="flushes, the server at rest, and removing many large volumes",
+            root=True,
+            seconds=130,
+        ),
     )
 }

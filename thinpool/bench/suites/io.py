@@ -44,7 +44,7 @@ def run(context: Context) -> None:
     fio.check_fio()
     size = context.size(GIB, 16 * MIB)
     region = context.size(512 * MIB, 8 * MIB)
-    long, short = context.size(1.0, 0.2), context.size(0.4, 0.2)
+    long, short = context.size(0.8, 0.1), context.size(0.4, 0.1)
     with context.place.part("mapped") as place:
         devices = _mapped(context, place, size)
         few = {name: devices[name] for name in devices if name in _EVERYWHERE}
@@ -53,13 +53,7 @@ def run(context: Context) -> None:
                 who = devices if op == "randread" else _without_backing(devices)
                 _steady(context, who, Job(rw=op, depth=depth, seconds=long))
         _first(context, region)
-        for op in ("randread", "randwrite"):
-            _steady(context, few, Job(rw=op, depth=32, jobs=4, seconds=short))
-        for depth in (32, 1):
-            for op in ("read", "write"):
-                _steady(context, few, Job(rw=op, block=SEQUENTIAL, depth=depth, seconds=short))
-        for op in ("randread", "randwrite"):
-            _steady(context, few, Job(rw=op, depth=1, jobs=4, seconds=short))
+        _steady(context, few, *context.size(_rest(short), _rest(short)[::3]))
 
 
 _EVERYWHERE: Final = (PlainLoop.name, Null.name, Thinpool.name, Qemu.name)
@@ -90,15 +84,32 @@ def _mapped(context: Context, place: Workplace, size: int) -> dict[str, str]:
     return devices
 
 
-def _steady(context: Context, devices: dict[str, str], job: Job) -> None:
-    """One job on every device in turn."""
-    needs = len(devices) * context.options.repetitions * (job.seconds + 0.4)
-    with context.case(f"mapped, {job}", needs=needs) as go:
+def _rest(seconds: float) -> list[Job]:
+    """Four jobs at once, and sequential I/O."""
+    found = [
+        Job(rw=op, depth=depth, jobs=4, seconds=seconds)
+        for depth in (32, 1)
+        for op in ("randread", "randwrite")
+    ]
+    return found + [
+        Job(rw=op, block=SEQUENTIAL, depth=depth, seconds=seconds)
+        for depth in (32, 1)
+        for op in ("read", "write")
+    ]
+
+
+def _steady(context: Context, devices: dict[str, str], *jobs: Job) -> None:
+    """Jobs, one after another, on every device in turn."""
+    turn = sum(job.seconds + 0.1 for job in jobs) + 0.5
+    needs = len(devices) * context.options.repetitions * turn
+    with context.case(f"mapped, {'; '.join(str(job) for job in jobs)}", needs=needs) as go:
         if not go:
             return
         for repetition, name in in_turns(list(devices), context.options.repetitions):
-            outcome = fio.run(devices[name], job, seed=repetition)
-            _keep(context, "mapped", name, job, outcome)
+            for job, outcome in zip(
+                jobs, fio.run(devices[name], *jobs, seed=repetition), strict=True
+            ):
+                _keep(context, "mapped", name, job, outcome)
 
 
 def _first(context: Context, region: int) -> None:
@@ -122,7 +133,7 @@ def _first(context: Context, region: int) -> None:
 
 def _once(target: Target, case: str, job: Job, *, seed: int) -> fio.Outcome:
     device = target.unmapped(job.size) if case == "first write" else target.shared(job.size)
-    outcome = fio.run(device, job, seed=seed)
+    (outcome,) = fio.run(device, job, seed=seed)
     target.take_down()
     return outcome
 
@@ -158,7 +169,7 @@ def _new_targets(
 def _tuned(context: Context, place: Workplace, case: str, job: Job) -> Qemu:
     """qemu-storage-daemon with the format that is fastest here."""
     best: tuple[float, Qemu, str] | None = None
-    for cluster, extended in QEMU_FORMATS:
+    for cluster, extended in context.size(QEMU_FORMATS, QEMU_FORMATS[:2]):
         target = Qemu(place, cluster=cluster, extended=extended)
         with place.part("trial") as trial:
             found = _once(Qemu(trial, cluster=cluster, extended=extended), case, job, seed=99).iops
