@@ -28,6 +28,8 @@ COLOURS: Final = {
     "qemu-storage-daemon": "#2ca02c",
     "qemu-storage-daemon, backing file": "#98df8a",
     "loop on a reflink copy": "#8c564b",
+    "thin_check 0.9.0": "#1f77b4",
+    "thin_delta 0.9.0": "#2ca02c",
 }
 
 
@@ -222,9 +224,69 @@ def _draw_bars(
     return True
 
 
+def _io_latency(report: Report, figure: Any) -> bool:  # noqa: ANN401 - as above
+    """p99 at depth 1 and 32."""
+    columns = {
+        f"{'read' if op == 'randread' else 'write'}, depth {depth}": [
+            series
+            for series in report.series("io", "mapped", op=op, block=4 * KIB, depth=depth, jobs=1)
+            if series.metric == "p99"
+        ]
+        for depth in (1, 32)
+        for op in ("randread", "randwrite")
+    }
+    return _draw_bars(figure, columns, title="4 KiB random I/O: p99 latency", y="seconds", log=True)
+
+
+def _small_files(report: Report, figure: Any) -> bool:  # noqa: ANN401 - as above
+    """Seconds for each step."""
+    columns = {
+        step: [
+            series for series in report.series("small-files", step) if series.metric == "durable"
+        ]
+        for step in ("append", "create", "delete")
+    }
+    return _draw_bars(
+        figure, columns, title="10,000 small files, cold", y="seconds until durable", log=True
+    )
+
+
+def _snapshots(report: Report, figure: Any) -> bool:  # noqa: ANN401 - as above
+    """Time to create one over the number there are."""
+    lines: dict[str, list[tuple[float, Series]]] = {}
+    for series in report.series("snapshots", "create"):
+        if series.subject == "thinpool":
+            lines.setdefault(str(series.parameters["how"]), []).append(
+                (float(series.parameters["snapshots"]), series)
+            )
+    return _draw_lines(
+        figure,
+        {name: sorted(line, key=lambda point: point[0]) for name, line in lines.items()},
+        title="creating a snapshot",
+        x="snapshots in the pool",
+        x_text=lambda count: f"{count:,}",
+        y="seconds",
+    )
+
+
+def _checkers(report: Report, figure: Any) -> bool:  # noqa: ANN401 - as above
+    """Seconds of check and delta."""
+    columns: dict[str, list[Series]] = {}
+    for series in report.series("metadata"):
+        if series.metric == "time":
+            changed = series.parameters.get("changed")
+            title = series.case if changed is None else f"{series.case}, {changed}"
+            columns.setdefault(title, []).append(series)
+    return _draw_bars(figure, columns, title="check and delta of metadata", y="seconds", log=True)
+
+
 PLOTS: Final = {
     "edit-by-size": _edits_by_size,
     "edit-added": _added_by_size,
     "edit-by-places": _edits_by_places,
     "io-rates": _io_rates,
+    "io-p99": _io_latency,
+    "small-files": _small_files,
+    "snapshots": _snapshots,
+    "metadata": _checkers,
 }

@@ -33,7 +33,7 @@ def render(report: Report, *, width: int = 200, color: bool = False) -> str:
 
 def _suite(console: Console, name: str, suite: SuiteResults) -> None:
     console.print(f"\n== {name}: {suite.state}, {suite.seconds:.0f} s", highlight=False)
-    for title, rows in _grouped(suite.series):
+    for title, rows in grouped(suite.series):
         console.print(f"\n{title}", highlight=False, soft_wrap=True)
         table = Table(box=box.SIMPLE_HEAD)
         metrics = list(dict.fromkeys(series.metric for series in rows))
@@ -56,7 +56,7 @@ def _suite(console: Console, name: str, suite: SuiteResults) -> None:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
 
 
-def _grouped(found: list[Series]) -> Iterator[tuple[str, list[Series]]]:
+def grouped(found: list[Series]) -> Iterator[tuple[str, list[Series]]]:
     """Series of one case with the same parameters, under a title."""
     groups: dict[str, list[Series]] = {}
     for series in found:
