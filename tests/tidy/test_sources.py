@@ -236,6 +236,8 @@ def test_no_shell_and_no_dmsetup() -> None:
         for path in PYTHON_FILES
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if re.search(r"shell\s*=\s*True|os\.system\(|[\"']dmsetup[\"']", line)
+        # The benchmarks run it to measure what it costs others.
+        and not ("dmsetup" in line and path.is_relative_to(REPOSITORY / "thinpool/bench"))
     ]
     assert not found, "\n".join(found)
 
