@@ -268,6 +268,8 @@ def unpack_versions(
 
 def unpack_deps(buffer: bytearray, header: Header) -> tuple[int, ...]:
     """The device numbers of a TABLE_DEPS reply."""
+    if header.data_size < header.data_start + DEPS.size:
+        return ()  # no live table
     count, _ = DEPS.unpack_from(buffer, header.data_start)
     start = header.data_start + DEPS.size
     values = struct.unpack_from(f"={count}Q", buffer, start)

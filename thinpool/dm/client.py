@@ -631,13 +631,14 @@ class DeviceMapper:
     def _not_created(
         self, name: str, uuid: str | None, minor: int | None, cause: OSError
     ) -> errors.ThinpoolError:
-        command = abi.Command.DEV_CREATE
-        if cause.errno != errno.EBUSY:
-            return failure(command, name, cause.errno or 0, f"cannot make the device {name}")
-        taken = [e.name for e in self.devices() if name == e.name or (uuid and uuid == e.uuid)]
-        if not taken and minor is not None:
+        command, number = abi.Command.DEV_CREATE, cause.errno or 0
+        there = self.devices() if number in (errno.EBUSY, errno.ENXIO) else ()
+        if minor is not None and minor in {os.minor(entry.number) for entry in there}:
             said = f"cannot make the device {name}: the minor number {minor} is taken"
-            return as_kind(errors.BusyError, command, name, errno.EBUSY, said)
+            return as_kind(errors.BusyError, command, name, number, said)
+        if number != errno.EBUSY:
+            return failure(command, name, number, f"cannot make the device {name}")
+        taken = [e.name for e in there if name == e.name or (uuid and uuid == e.uuid)]
         existing = taken[0] if taken else name
         has = "its name" if existing == name else f"the uuid {uuid}"
         said = f"cannot make the device {name}: the device {existing} has {has} already"
