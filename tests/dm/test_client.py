@@ -467,7 +467,7 @@ def test_modes_and_features_are_seen(dm, prefix, pool):
     assert pool.pool.status().error_if_no_space is True
     assert pool.pool.status().discard.value == "no_discard_passdown"
     info = dm.activate(f"{prefix}1", [pool.thin(1)])
-    with pytest.raises(OSError, match="No space|Input/output"):  # by whether write or fsync tells
+    with pytest.raises(OSError, match=r"No space|Input/output"):  # write or fsync
         write(info.path, bytes((DATA_SECTORS + BLOCK) * SECTOR))
     assert pool.pool.status(noflush=False).mode is ThinPoolMode.OUT_OF_DATA_SPACE
     dm.remove(info.name)

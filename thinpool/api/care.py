@@ -11,7 +11,7 @@ from thinpool.model import CheckReport, DoctorReport, Finding, Progress
 from thinpool.store import poolfile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from thinpool.api.session import Session
@@ -131,4 +131,25 @@ def host_findings() -> tuple[Finding, ...]:
                 message=reason or "is there",
             )
         )
-    return tuple(found)
+    return (*found, *_device_mapper_findings())
+
+
+def _device_mapper_findings() -> Iterator[Finding]:
+    """Whether the kernel engine can be used, and whether udev lets its devices alone."""
+    from thinpool.dm import probe  # noqa: PLC0415 - for doctor alone
+
+    found = probe.probe()
+    if found.reason is not None or found.interface is None or found.target is None:
+        message = found.reason or "not usable"
+        yield Finding(subject="device-mapper", state="missing", message=message)
+        return
+    interface, target = (".".join(map(str, each)) for each in (found.interface, found.target))
+    message = f"is there: interface {interface}, thin-pool {target}"
+    yield Finding(subject="device-mapper", state="ok", message=message)
+    reason = probe.udev_rules()
+    yield Finding(
+        subject="udev-rules",
+        state="ok" if reason is None else "note",
+        message=reason or "guests' devices are left alone",
+        remedy=None if reason is None else f"cp {probe.RULES_PATH} /etc/udev/rules.d/",
+    )

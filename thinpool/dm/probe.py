@@ -2,22 +2,68 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
+
 from thinpool import errors
+from thinpool.dm import udev
 from thinpool.dm.client import DeviceMapper
 
 TARGETS = ("thin-pool", "thin")
+RULES_PATH = os.path.join(os.path.dirname(__file__), udev.OWN_RULES)
+"""The udev rules that come with this package."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """What was found.
+
+    Attributes:
+        reason: why the kernel engine cannot be used here; None where it can.
+        interface: version of the ioctl interface; None where there is none for us.
+        target: version of the thin-pool target; None where there is none.
+        udev: how udev is waited for; None where it doesn't matter.
+    """
+
+    reason: str | None
+    interface: tuple[int, int, int] | None = None
+    target: tuple[int, int, int] | None = None
+    udev: udev.UdevMode | None = None
+
+
+def probe() -> Probe:
+    """Try it: opens the control device, and loads the modules where this user may."""
+    try:
+        with DeviceMapper() as dm:
+            versions = {kind: dm.target_version(kind) for kind in TARGETS}
+            interface, mode = dm.version, dm.udev_mode
+    except errors.ThinpoolError as error:
+        return Probe(reason=error.message)
+    missing = [kind for kind, version in versions.items() if version is None]
+    reason = f"device-mapper has no {missing[0]} target: load the module dm-thin-pool"
+    return Probe(
+        reason=reason if missing else None,
+        interface=interface,
+        target=versions["thin-pool"],
+        udev=mode,
+    )
 
 
 def device_mapper() -> str | None:
-    """Why this process cannot make thin pools with the kernel; None where it can.
+    """Why this process cannot make thin pools with the kernel; None where it can."""
+    return probe().reason
 
-    Loads the modules, where the kernel has them and this user may.
-    """
+
+def udev_rules() -> str | None:
+    """Why udevd may look into guests' devices; None where it is kept from it, or doesn't run."""
+    if not udev.is_running():
+        return None
+    installed = udev.rules_file(udev.OWN_RULES)
+    if installed is None:
+        return f"{udev.OWN_RULES} is not installed: host tools may probe guests' devices"
     try:
-        with DeviceMapper() as dm:
-            missing = [kind for kind in TARGETS if dm.target_version(kind) is None]
-    except errors.ThinpoolError as error:
-        return error.message
-    if missing:
-        return f"device-mapper has no {missing[0]} target: load the module dm-thin-pool"
-    return None
+        with open(installed, "rb") as theirs, open(RULES_PATH, "rb") as ours:
+            same = theirs.read() == ours.read()
+    except OSError as error:
+        return f"{installed}: {os.strerror(error.errno or 0)}"
+    return None if same else f"{installed} is of another version of thinpool"

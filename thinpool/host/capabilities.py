@@ -1,6 +1,7 @@
 """What this host can do, and why not: for doctor, for choosing ways, for skipping tests.
 
-Every probe tries the thing itself as far as that leaves no trace; none looks at versions.
+Every probe tries the thing itself as far as that leaves no trace; none looks at versions. Device-
+mapper's is thinpool.dm's.
 """
 
 from __future__ import annotations
@@ -77,14 +78,6 @@ def loop() -> str | None:
             return None
         return f"loop devices: {os.strerror(error.errno or 0)}"
     return None
-
-
-def device_mapper() -> str | None:
-    """The kernel's device-mapper."""
-    control = "/dev/mapper/control"
-    if not os.path.exists(control):
-        return f"no {control}: the kernel has no device-mapper, or dm-mod isn't loaded"
-    return _opens(control, os.O_RDWR)
 
 
 def mounting() -> str | None:
@@ -180,7 +173,6 @@ PROBES: Final[dict[str, Callable[[], str | None]]] = {
     "mount": mounting,
     "fuse": fuse,
     "loop": loop,
-    "device-mapper": device_mapper,
     "io_uring": io_uring,
     "udev": udev,
     "systemd": systemd,
