@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 import threading
@@ -32,6 +33,7 @@ from thinpool.dm import (
     device_mapper,
     device_text,
     nodes,
+    probe,
     udev,
 )
 from thinpool.host import loop
@@ -188,10 +190,15 @@ def test_a_device_is_there_when_activate_returns(dm, prefix, disk):
     assert not os.path.lexists(info.path)
 
 
-@pytest.mark.parametrize("mode", UdevMode)
+@pytest.mark.parametrize(
+    "mode",
+    [
+        UdevMode.NONE,
+        pytest.param(UdevMode.COOKIES, marks=pytest.mark.udev),
+        pytest.param(UdevMode.EVENTS, marks=pytest.mark.udev),
+    ],
+)
 def test_every_way_of_waiting_gives_a_node_and_leaves_none(prefix, mode):
-    if mode is not UdevMode.NONE and not udev.is_running():
-        pytest.skip("udevd isn't running")
     with DeviceMapper(udev_mode=mode) as dm:
         for _ in range(5):  # the number is the same each time, and udevd still busy with the last
             info = dm.activate(f"{prefix}a", [ZeroTarget(length=8)], uuid=f"{UUID_PREFIX}{prefix}")
@@ -629,3 +636,50 @@ def test_events_of_the_kernel_are_heard(dm, prefix):
             if event.number == info.number:
                 seen.append(event.action)
     assert seen[-1] == "change"
+
+
+@pytest.mark.udev
+def test_nobody_probes_a_guests_device(prefix, disk, require):
+    """With cookies alone, whose flags udevd keeps; and with our rules, whoever raises the event."""
+    require("ext4")
+    udevadm = shutil.which("udevadm")
+    rules = Path("/run/udev/rules.d") / udev.OWN_RULES
+
+    def properties(dm):
+        name = f"{prefix}a"
+        target = LinearTarget(length=16384, device=disk(16384))
+        info = dm.activate(name, [target], uuid=f"{UUID_PREFIX}{name}")
+        subprocess.run(["mkfs.ext4", "-q", "-L", "guest", info.path], check=True)
+        for arguments in (["trigger", "--action=change", f"/dev/dm-{os.minor(info.number)}"],
+                          ["settle"]):  # fmt: skip
+            subprocess.run([udevadm, *arguments], check=True)
+        said = subprocess.run(
+            [udevadm, "info", "-q", "property", info.path],
+            check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+        dm.remove(name)
+        return dict(line.split("=", 1) for line in said.splitlines())
+
+    with DeviceMapper() as dm:
+        assert dm.udev_mode is UdevMode.COOKIES
+        found = properties(dm)
+    assert found["DM_UDEV_DISABLE_OTHER_RULES_FLAG"] == "1"
+    assert not [key for key in found if key.startswith("ID_FS")]
+    assert not Path("/dev/disk/by-label/guest").exists()
+    rules.parent.mkdir(exist_ok=True)
+    rules.write_text(Path(probe.RULES_PATH).read_text())
+    try:
+        subprocess.run([udevadm, "control", "--reload"], check=True)
+        with DeviceMapper() as dm:
+            assert dm.udev_mode is UdevMode.EVENTS
+            found = properties(dm)
+        assert found["UDISKS_IGNORE"] == "1"
+        assert found["DEVLINKS"] == f"/dev/mapper/{prefix}a"
+        assert not [key for key in found if key.startswith("ID_FS")]
+        with DeviceMapper(udev_mode=UdevMode.NONE) as dm:  # no flags of ours with the event
+            found = properties(dm)
+        assert found["DM_UDEV_DISABLE_OTHER_RULES_FLAG"] == "1"
+        assert not [key for key in found if key.startswith("ID_FS")]
+    finally:
+        rules.unlink()
+        subprocess.run([udevadm, "control", "--reload"], check=True)

@@ -319,18 +319,7 @@ class DeviceMapper:
                 device stays suspended, with that table: load another and resume.
             TimeoutError_: udevd doesn't finish; the device is live.
         """
-        with self._wait(name) as wait, KernelLog() as log:
-            try:
-                header, _ = self._control.call(
-                    abi.Command.DEV_SUSPEND, name=name, event_nr=wait.event_nr
-                )
-            except OSError as cause:
-                raise refusals.of_resume(name, cause, log.lines()) from cause
-            _await_udev(wait, header)
-        info = DeviceInfo.of(header)
-        if info.live:
-            self._node(info)
-        return info
+        return self._resumed(name, self._wait(name))
 
     def activate(
         self,
@@ -386,8 +375,9 @@ class DeviceMapper:
         except errors.TimeoutError_:
             raise  # it is live; only udevd is late
         except BaseException:
-            self.load(name, before, read_only=was_read_only)
-            self.resume(name)
+            if before:
+                self.load(name, before, read_only=was_read_only)
+                self.resume(name)
             raise
 
     @contextlib.contextmanager
@@ -399,7 +389,9 @@ class DeviceMapper:
         try:
             yield info
         finally:
-            self.resume(name)
+            # Without another table there is no event: I/O doesn't wait for our getting ready.
+            changed = self.info(name).inactive
+            self._resumed(name, self._wait(name) if changed else udev.no_wait())
 
     def rename(self, name: str, new: str) -> DeviceInfo:
         """Give a device another name; its node follows.
@@ -443,8 +435,8 @@ class DeviceMapper:
             timeout: seconds to wait for others to close it; 0 for one try.
 
         Returns:
-            True when it is gone; False when it goes later. Its node goes with it, or at once
-            where udev doesn't make nodes.
+            True when it is gone; False when it goes later. Its link goes with it; a node that we
+            made goes at once.
 
         Raises:
             NotFoundError: no such device.
@@ -559,6 +551,20 @@ class DeviceMapper:
     def _wait(self, name: str) -> udev.Wait:
         return udev.wait_for(self._udev_mode, name, quiet=self._quiet, seconds=self._udev_seconds)
 
+    def _resumed(self, name: str, around: udev.Wait) -> DeviceInfo:
+        with around as wait, KernelLog() as log:
+            try:
+                header, _ = self._control.call(
+                    abi.Command.DEV_SUSPEND, name=name, event_nr=wait.event_nr
+                )
+            except OSError as cause:
+                raise refusals.of_resume(name, cause, log.lines()) from cause
+            _await_udev(wait, header)
+        info = DeviceInfo.of(header)
+        if info.live:
+            self._node(info)
+        return info
+
     def _node(self, info: DeviceInfo) -> None:
         try:
             nodes.make(info.name, info.number)
@@ -582,8 +588,9 @@ class DeviceMapper:
             said = f"cannot remove the device {name}"
             raise refusals.of_device(command, name, cause, said) from cause
         later = bool(header.flags & abi.Flag.DEFERRED_REMOVE) and self._going(name)
-        if not later or self._udev_mode is not udev.UdevMode.COOKIES:
-            # One that goes later has no node from now on: nobody opens it any more.
+        if not later or not os.path.islink(nodes.path_of(name)):
+            # A link is udevd's, and goes with the device; a node is ours, and nobody would be
+            # there to remove it then.
             self._drop_node(name)
         return not later
 

@@ -29,6 +29,7 @@ _MISC_NAME: Final = "device-mapper"
 _FIRST_BUFFER: Final = 4096
 _LOG_PREFIX: Final = "device-mapper:"
 _LOG_RECORD: Final = 8192
+_LOG_RECORDS_MAX: Final = 4096
 
 _KINDS: Final[Mapping[int, type[errors.ThinpoolError]]] = {
     errno.ENXIO: errors.NotFoundError,
@@ -128,7 +129,10 @@ class Control:
                 buffer, name=encoded, uuid=key, flags=flags, event_nr=event_nr, dev=dev,
                 target_count=target_count,
             )  # fmt: skip
-            fcntl.ioctl(fd, command, buffer)
+            try:
+                fcntl.ioctl(fd, command, buffer)
+            except InterruptedError:
+                continue  # a signal for whichever thread; a handler that raises ends this
             header = abi.unpack_header(buffer)
             if not header.flags & abi.Flag.BUFFER_FULL:
                 return header, buffer
@@ -262,7 +266,9 @@ class KernelLog:
     def lines(self) -> tuple[str, ...]:
         """Its lines since then."""
         found: list[str] = []
-        while self._fd is not None:
+        if self._fd is None:
+            return ()
+        for _ in range(_LOG_RECORDS_MAX):
             try:
                 record = os.read(self._fd, _LOG_RECORD)
             except BrokenPipeError:

@@ -119,6 +119,11 @@ def wait_for(mode: UdevMode, device: str, *, quiet: bool, seconds: float) -> Wai
         return _CookieWait(device, QUIET if quiet else UdevFlags(0), seconds)
     if mode is UdevMode.EVENTS:
         return _EventWait(device, seconds)
+    return no_wait()
+
+
+def no_wait() -> Wait:
+    """For a command that raises no event."""
     return _NoWait()
 
 
