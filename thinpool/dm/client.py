@@ -390,8 +390,9 @@ class DeviceMapper:
             yield info
         finally:
             # Without another table there is no event: I/O doesn't wait for our getting ready.
-            changed = self.info(name).inactive
-            self._resumed(name, self._wait(name) if changed else udev.no_wait())
+            found = self.find(name)
+            still = found is not None and not found.inactive
+            self._resumed(name, udev.no_wait() if still else self._wait(name))
 
     def rename(self, name: str, new: str) -> DeviceInfo:
         """Give a device another name; its node follows.
@@ -449,8 +450,6 @@ class DeviceMapper:
             try:
                 return self._removed(name, flags)
             except errors.BusyError as busy:
-                if isinstance(busy, errors.TimeoutError_):
-                    raise
                 over = time.monotonic() >= deadline
                 holder = self._holder(name, thorough=over)
                 if holder is not None or over:
@@ -616,7 +615,9 @@ class DeviceMapper:
         for entry in own_mounts():
             if entry.device == info.number:
                 return f"mounted on {entry.mount_point}"
-        above = sorted(os.listdir(f"/sys/dev/block/{device}/holders"))
+        above: list[str] = []
+        with contextlib.suppress(FileNotFoundError):
+            above = sorted(os.listdir(f"/sys/dev/block/{device}/holders"))
         return f"used by the device /dev/{above[0]}" if above else None
 
     def _renamed(self, name: str, new: str, flags: abi.Flag, event_nr: int) -> Header:

@@ -29,6 +29,7 @@ WAIT_SECONDS: Final = 60.0
 """How long udevd may take for one device before that is an error."""
 
 _SLICE_SECONDS: Final = 1.0
+_IDLE_SLICES: Final = 2
 _RULE_DIRECTORIES: Final = (
     "/etc/udev/rules.d",
     "/run/udev/rules.d",
@@ -188,7 +189,8 @@ class _EventWait:
     """Udevd announces each event when it has finished with it, a device's in their order.
 
     Ours is the first of the device that is younger than the command's beginning. Announcements
-    that were lost (a full socket) are made up for by udevd's queue: when that is empty, it is done.
+    that were lost (a full socket) are made up for by udevd's queue: when that is empty twice, so
+    that udevd had the time to hear of the event, it is done.
     """
 
     event_nr = 0
@@ -200,11 +202,13 @@ class _EventWait:
 
     def finished(self, number: int, *, raised: bool) -> None:
         deadline = time.monotonic() + self._seconds
+        idle = 0
         while raised:
             left = min(_SLICE_SECONDS, max(0.0, deadline - time.monotonic()))
             event = self._monitor.next_event(left)
             if event is None:
-                if not os.path.exists(_QUEUE) or not is_running():
+                idle = 0 if os.path.exists(_QUEUE) else idle + 1
+                if idle == _IDLE_SLICES or not is_running():
                     return
             elif event.number == number and event.sequence > self._before:
                 return
