@@ -39,10 +39,13 @@ def probe() -> Probe:
             interface, mode = dm.version, dm.udev_mode
     except errors.ThinpoolError as error:
         return Probe(reason=error.message)
-    missing = [kind for kind, version in versions.items() if version is None]
-    reason = f"device-mapper has no {missing[0]} target: load the module dm-thin-pool"
+    reasons = [
+        f"device-mapper has no {kind} target: load the module dm-thin-pool"
+        for kind, version in versions.items()
+        if version is None
+    ]
     return Probe(
-        reason=reason if missing else None,
+        reason=reasons[0] if reasons else None,
         interface=interface,
         target=versions["thin-pool"],
         udev=mode,
