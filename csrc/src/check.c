@@ -5,6 +5,8 @@
 #include "thinpool/check.h"
 #include "thinpool/error.h"
 
+#define KEPT_BYTES ((uint64_t)TP_CHECK_KEPT_MAX * TP_MD_BLOCK_SIZE)
+
 int tp_check_create(struct tp_bdev *metadata, const struct tp_check_options *options,
 		    struct tp_check **check_ret, struct tp_error *err)
 {
@@ -41,6 +43,9 @@ static void drop_tables(struct tp_check *check)
 	tp_walk_unmap(check->level, bits);
 	tp_walk_unmap(check->next_level, bits);
 	tp_walk_unmap(check->internals, bits);
+	tp_walk_unmap(check->kept.nodes, KEPT_BYTES);
+	free(check->kept.blocks);
+	check->kept = (struct tp_check_kept){ 0 };
 	check->uses = NULL;
 	check->infos = NULL;
 	check->level = NULL;
@@ -69,8 +74,10 @@ static int make_tables(struct tp_check *check, struct tp_error *err)
 	check->level = tp_walk_map(bits);
 	check->next_level = tp_walk_map(bits);
 	check->internals = tp_walk_map(bits);
+	check->kept.nodes = tp_walk_map(KEPT_BYTES);
+	check->kept.blocks = calloc(TP_CHECK_KEPT_MAX, sizeof(*check->kept.blocks));
 	if (!check->uses || !check->infos || !check->level || !check->next_level ||
-	    !check->internals)
+	    !check->internals || !check->kept.nodes || !check->kept.blocks)
 		return tp_fail(err, TP_E_NO_MEMORY, "no memory to check %llu metadata blocks",
 			       (unsigned long long)nr);
 	return tp_check_counts_init(&check->counts, nr, 0, err)
@@ -108,7 +115,6 @@ static int run(struct tp_check *check, struct tp_error *err)
 	if (check->has_held)
 		refer_trees(check, &check->held);
 	tp_check_walk(check);
-	tp_check_counts_merge(&check->data_counts);
 	rc = tp_check_devices(check, err);
 	if (!rc && !check->options.use_metadata_snapshot)
 		rc = tp_check_space_maps(check, err);

@@ -5,64 +5,55 @@
 #include "thinpool/check.h"
 #include "thinpool/error.h"
 
-/* A block's byte went round this often. */
+/* The middle digit of a block went round this often. */
 struct tp_check_carry {
 	uint64_t block;
 	uint64_t rounds; /* 0: an empty place */
 };
 
-#define LANES_MAX        4u
-#define LANES_BLOCKS_MAX (UINT64_C(1) << 26) /* 64 MiB a lane */
+#define LOW             4u   /* the low digit goes round at */
+#define MIDDLE          256u /* and the middle one */
+#define LANES_MAX       64u
+#define LANES_BYTES_MAX (UINT64_C(32) << 20) /* of all */
 
 int tp_check_counts_init(struct tp_check_counts *counts, uint64_t nr, unsigned nr_threads,
 			 struct tp_error *err)
 {
-	bool lanes = nr_threads >= 1 && nr_threads <= LANES_MAX && nr <= LANES_BLOCKS_MAX;
+	uint64_t words = nr / TP_CHECK_COUNTS_WORD + (nr % TP_CHECK_COUNTS_WORD != 0);
+	uint64_t lane_bytes = words * 8;
+	bool lanes = nr_threads >= 1 && nr_threads <= LANES_MAX &&
+		     lane_bytes <= LANES_BYTES_MAX / nr_threads;
 
 	*counts = (struct tp_check_counts){
 		.nr = nr,
+		.lane_bytes = lane_bytes,
 		.nr_lanes = lanes ? nr_threads : 1,
 		.shared = !lanes,
 	};
 	pthread_mutex_init(&counts->lock, NULL);
-	counts->low = tp_walk_map(nr * counts->nr_lanes);
-	if (!counts->low)
+	counts->low = tp_walk_map_dense(lane_bytes * counts->nr_lanes);
+	counts->middle = tp_walk_map(nr);
+	counts->carried = tp_walk_map(tp_walk_words(words) * 8);
+	if (!counts->low || !counts->middle || !counts->carried) {
+		tp_check_counts_deinit(counts);
 		return tp_fail(err, TP_E_NO_MEMORY, "no memory to count references to %llu blocks",
 			       (unsigned long long)nr);
+	}
 	return 0;
 }
 
 void tp_check_counts_deinit(struct tp_check_counts *counts)
 {
-	if (!counts->low)
+	uint64_t words = counts->lane_bytes / 8;
+
+	if (!counts->nr_lanes)
 		return;
-	tp_walk_unmap(counts->low, counts->nr * counts->nr_lanes);
+	tp_walk_unmap(counts->low, counts->lane_bytes * counts->nr_lanes);
+	tp_walk_unmap(counts->middle, counts->nr);
+	tp_walk_unmap(counts->carried, tp_walk_words(words) * 8);
 	free(counts->carries);
 	pthread_mutex_destroy(&counts->lock);
-	counts->low = NULL;
-}
-
-#define CHUNK 4096u
-
-void tp_check_counts_merge(struct tp_check_counts *counts)
-{
-	for (unsigned lane = 1; lane < counts->nr_lanes; lane++) {
-		const uint8_t *more = counts->low + counts->nr * lane;
-
-		for (uint64_t at = 0; at < counts->nr; at += CHUNK) {
-			uint64_t end = counts->nr - at < CHUNK ? counts->nr : at + CHUNK;
-			uint8_t carried = 0;
-
-			/* Without a branch, so that it is vectorised. */
-			for (uint64_t i = at; i < end; i++) {
-				counts->low[i] = (uint8_t)(counts->low[i] + more[i]);
-				carried |= counts->low[i] < more[i];
-			}
-			for (uint64_t i = at; carried && i < end; i++)
-				if (counts->low[i] < more[i])
-					tp_check_counts_carry(counts, i);
-		}
-	}
+	*counts = (struct tp_check_counts){ 0 };
 }
 
 static struct tp_check_carry *place(struct tp_check_carry *carries, uint64_t room, uint64_t block)
@@ -90,7 +81,7 @@ static bool grow(struct tp_check_counts *counts)
 	return true;
 }
 
-void tp_check_counts_carry(struct tp_check_counts *counts, uint64_t block)
+static void carry_on(struct tp_check_counts *counts, uint64_t block)
 {
 	struct tp_check_carry *carry;
 
@@ -109,11 +100,62 @@ void tp_check_counts_carry(struct tp_check_counts *counts, uint64_t block)
 	pthread_mutex_unlock(&counts->lock);
 }
 
+void tp_check_counts_carry(struct tp_check_counts *counts, uint64_t block)
+{
+	uint64_t word = block / TP_CHECK_COUNTS_WORD;
+
+	if (!tp_walk_bit_get(counts->carried, word))
+		tp_walk_bit_set(counts->carried, word);
+	if (__atomic_fetch_add(&counts->middle[block], 1, __ATOMIC_RELAXED) == MIDDLE - 1)
+		carry_on(counts, block);
+}
+
 uint64_t tp_check_counts_get(const struct tp_check_counts *counts, uint64_t block)
 {
-	uint64_t count = counts->low[block];
+	uint64_t count = 0;
 
+	for (unsigned lane = 0; lane < counts->nr_lanes; lane++)
+		count += tp_check_counts_lane(counts, lane)[block / 4] >> block % 4 * 2 & 3u;
+	if (!tp_walk_bit_get(counts->carried, block / TP_CHECK_COUNTS_WORD))
+		return count;
+	count += (uint64_t)LOW * counts->middle[block];
 	if (counts->nr_carries)
-		count += 256 * place(counts->carries, counts->carries_room, block)->rounds;
+		count += (uint64_t)LOW * MIDDLE *
+			 place(counts->carries, counts->carries_room, block)->rounds;
 	return count;
+}
+
+#define LOW_BITS UINT64_C(0x5555555555555555)
+
+/* The sum of low digits, each at most 3; their bits in words of their own. */
+static uint64_t lanes_word(const struct tp_check_counts *counts, uint64_t first)
+{
+	uint64_t ones = 0, twos = 0;
+
+	for (unsigned lane = 0; lane < counts->nr_lanes; lane++) {
+		uint64_t word = tp_walk_get64(tp_check_counts_lane(counts, lane) + first / 4);
+		uint64_t more_ones = word & LOW_BITS, more_twos = word >> 1 & LOW_BITS;
+		uint64_t carry = ones & more_ones;
+		uint64_t past = (twos & more_twos) | (carry & (twos ^ more_twos));
+
+		ones = (ones ^ more_ones) | past;
+		twos = (twos ^ more_twos ^ carry) | past;
+	}
+	/* On disk the bits of an entry stand the other way round. */
+	return ones << 1 | twos;
+}
+
+uint64_t tp_check_counts_word(const struct tp_check_counts *counts, uint64_t first)
+{
+	static const uint8_t pairs[4] = { 0, 2, 1, 3 };
+	uint64_t word = 0;
+
+	if (!tp_walk_bit_get(counts->carried, first / TP_CHECK_COUNTS_WORD))
+		return lanes_word(counts, first);
+	for (unsigned i = 0; i < TP_CHECK_COUNTS_WORD && first + i < counts->nr; i++) {
+		uint64_t count = tp_check_counts_get(counts, first + i);
+
+		word |= (uint64_t)pairs[count < 3 ? count : 3] << 2 * i;
+	}
+	return word;
 }

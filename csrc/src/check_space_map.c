@@ -119,21 +119,6 @@ void tp_check_overflow_entry(struct tp_check *check, uint64_t leaf, uint64_t key
 
 /* ---- one bitmap -------------------------------------------------------------------------- */
 
-/* What entries [first, first + nr) should say, as a word. nr <= 32. */
-static uint64_t wanted_word(const struct tp_check_counts *counts, uint64_t first, unsigned nr)
-{
-	static const uint8_t pairs[4] = { 0, 2, 1, 3 };
-	uint64_t word = 0;
-
-	for (unsigned i = 0; i < nr; i++) {
-		uint64_t count = counts->nr_carries ? tp_check_counts_get(counts, first + i)
-						    : counts->low[first + i];
-
-		word |= (uint64_t)pairs[count < 3 ? count : 3] << 2 * i;
-	}
-	return word;
-}
-
 static void check_entry(struct run *run, uint64_t bitmap_block, uint64_t number, unsigned pair)
 {
 	struct tp_check_space_map *map = run->map;
@@ -211,7 +196,8 @@ static void scan(struct run *run, uint64_t index, const struct tp_disk_bitmap *b
 		word &= live;
 		threes = (word & word >> 1 & EVEN_BITS) * 3;
 		if (threes == (overflow_word(map, first + at) & live) &&
-		    (!map->compare_counts || word == wanted_word(map->counts, first + at, nr)))
+		    (!map->compare_counts ||
+		     word == (tp_check_counts_word(map->counts, first + at) & live)))
 			continue;
 		for (unsigned i = 0; i < nr; i++)
 			check_entry(run, entry->block, first + at + i, tp_word_count(word, i));

@@ -167,7 +167,7 @@ static void say_mapping(struct tp_check *check, enum tp_check_type type, uint64_
 	tp_check_report(check, record);
 }
 
-#define PREFETCH 12u /* entries ahead: data blocks of neighbours are anywhere */
+#define PREFETCH 16u /* entries ahead: data blocks of neighbours are anywhere */
 
 /* Faults of one entry; rare, so that the loop that counts stays small. */
 static void say_mapping_faults(struct tp_check *check, uint64_t block, uint64_t key,
@@ -191,29 +191,30 @@ static void visit_mappings(struct tp_check *check, unsigned thread, uint64_t blo
 	uint64_t end = check->nr_data_blocks;
 	uint64_t nr_counted = check->data_map.compare_counts ? counts->nr : 0;
 	uint32_t time_max = check->live.time;
-	bool own_lane = !counts->shared;
-	uint8_t *lane = own_lane ? counts->low + counts->nr * thread : NULL;
+	uint64_t limit = end < nr_counted ? end : nr_counted;
+	uint8_t *lane = counts->shared ? NULL : tp_check_counts_lane(counts, thread);
 
 	for (uint32_t i = 0; i < nr; i++) {
 		uint64_t value = tp_walk_get64(values + 8 * (size_t)i);
 		uint64_t data_block = tp_mapping_block(value);
 		uint32_t time = tp_mapping_time(value);
 
-		if (own_lane && i + PREFETCH < nr) {
+		if (lane && i + PREFETCH < nr) {
 			uint64_t ahead = tp_mapping_block(
 				tp_walk_get64(values + 8 * (size_t)(i + PREFETCH)));
 
-			if (ahead < nr_counted)
-				__builtin_prefetch(&lane[ahead], 1);
+			if (ahead < limit)
+				__builtin_prefetch(&lane[ahead / 4], 1);
 		}
-		if (__builtin_expect(data_block >= end || time > time_max, 0))
+		if (__builtin_expect(data_block >= limit || time > time_max, 0)) {
 			say_mapping_faults(check, block, tp_walk_key(node, i), data_block, time);
-		if (__builtin_expect(data_block >= nr_counted, 0))
-			continue;
-		if (!own_lane)
+			if (data_block >= nr_counted)
+				continue;
+		}
+		if (lane)
+			tp_check_counts_add_own(counts, lane, data_block);
+		else
 			tp_check_counts_add(counts, data_block);
-		else if (__builtin_expect(++lane[data_block] == 0, 0))
-			tp_check_counts_carry(counts, data_block);
 	}
 }
 
@@ -308,6 +309,16 @@ static void check_shape(struct tp_check *check, enum tp_check_use use, uint64_t 
 	}
 }
 
+static void keep(struct tp_check_kept *kept, uint64_t block, const void *data)
+{
+	size_t slot = atomic_fetch_add_explicit(&kept->nr, 1, memory_order_relaxed);
+
+	if (slot >= TP_CHECK_KEPT_MAX)
+		return;
+	memcpy(kept->nodes + slot * TP_MD_BLOCK_SIZE, data, TP_MD_BLOCK_SIZE);
+	kept->blocks[slot] = block;
+}
+
 static void visit_node(void *argument, unsigned thread, uint64_t block, const void *data,
 		       int status)
 {
@@ -345,6 +356,7 @@ static void visit_node(void *argument, unsigned thread, uint64_t block, const vo
 					    tp_walk_key(&node, i), info->device))
 				state |= TP_INFO_INCOMPLETE;
 		tp_walk_bit_set(check->internals, block);
+		keep(&check->kept, block, data);
 	}
 	__atomic_fetch_or(&info->state, state, __ATOMIC_RELEASE);
 }
@@ -448,6 +460,19 @@ static void finish(struct tp_check *check, enum tp_check_use use, uint64_t block
 	atomic_fetch_add_explicit(&check->nr_finished, 1, memory_order_relaxed);
 }
 
+/* Finish a node unless a child is not known yet. */
+static void try_finish(struct tp_check *check, enum tp_check_use use, uint64_t block,
+		       const struct tp_walk_node *node)
+{
+	for (uint32_t i = 0; i < node->nr_entries; i++) {
+		uint64_t child = tp_walk_value64(node, i);
+
+		if (child_info(check, use, child) && !(state_of(check, child) & TP_INFO_DONE))
+			return;
+	}
+	finish(check, use, block, node);
+}
+
 static void visit_again(void *argument, unsigned thread, uint64_t block, const void *data,
 			int status)
 {
@@ -469,13 +494,38 @@ static void visit_again(void *argument, unsigned thread, uint64_t block, const v
 		atomic_fetch_add_explicit(&check->nr_finished, 1, memory_order_relaxed);
 		return;
 	}
-	for (uint32_t i = 0; i < node.nr_entries; i++) {
-		uint64_t child = tp_walk_value64(&node, i);
+	try_finish(check, use, block, &node);
+}
 
-		if (child_info(check, use, child) && !(state_of(check, child) & TP_INFO_DONE))
-			return;
+static size_t nr_kept(const struct tp_check *check)
+{
+	size_t nr = atomic_load_explicit(&check->kept.nr, memory_order_relaxed);
+
+	return nr < TP_CHECK_KEPT_MAX ? nr : TP_CHECK_KEPT_MAX;
+}
+
+static void visit_kept(void *argument, unsigned thread)
+{
+	struct tp_check *check = argument;
+	struct tp_check_kept *kept = &check->kept;
+	size_t slot;
+
+	(void)thread;
+	while ((slot = atomic_fetch_add_explicit(&kept->next, 1, memory_order_relaxed)) <
+	       nr_kept(check)) {
+		uint64_t block = kept->blocks[slot];
+		enum tp_check_use use = check->uses[block];
+		struct tp_walk_fault fault;
+		struct tp_walk_node node;
+		bool parsed;
+
+		if (state_of(check, block) & TP_INFO_DONE)
+			continue;
+		parsed = tp_walk_node_parse(kept->nodes + slot * TP_MD_BLOCK_SIZE,
+					    leaf_value_size(use), &node, &fault);
+		TP_ASSERT(parsed); /* as it did before it was copied */
+		try_finish(check, use, block, &node);
 	}
-	finish(check, use, block, &node);
 }
 
 /* ---- both -------------------------------------------------------------------------------- */
@@ -499,6 +549,18 @@ static void say_too_deep(struct tp_check *check, const uint64_t *bits)
 	}
 }
 
+/* What is pending and was not kept, in `level`; false when that is nothing. */
+static bool mark_unkept(struct tp_check *check)
+{
+	memcpy(check->level, check->internals, tp_walk_words(check->nr_blocks) * 8);
+	for (size_t i = 0; i < nr_kept(check); i++) {
+		uint64_t block = check->kept.blocks[i];
+
+		check->level[block / 64] &= ~(UINT64_C(1) << block % 64);
+	}
+	return next_bit(check, check->level, 0) < check->nr_blocks;
+}
+
 static void walk_up(struct tp_check *check)
 {
 	uint64_t *pending = check->internals;
@@ -509,7 +571,11 @@ static void walk_up(struct tp_check *check)
 		if (next_bit(check, pending, 0) == check->nr_blocks)
 			return;
 		atomic_store(&check->nr_finished, 0);
-		tp_walk_blocks(check->reader, pending, check->nr_blocks, visit_again, check);
+		atomic_store(&check->kept.next, 0);
+		tp_walk_team_run(tp_walk_reader_team(check->reader), visit_kept, check);
+		if (mark_unkept(check))
+			tp_walk_blocks(check->reader, check->level, check->nr_blocks, visit_again,
+				       check);
 		if (atomic_load(&check->nr_finished) == 0)
 			break;
 		for (block = next_bit(check, pending, 0); block < check->nr_blocks;
@@ -526,6 +592,7 @@ void tp_check_walk(struct tp_check *check)
 	size_t bytes = tp_walk_words(check->nr_blocks) * 8;
 
 	memset(check->internals, 0, bytes);
+	atomic_store(&check->kept.nr, 0);
 	for (unsigned level = 0; next_bit(check, check->next_level, 0) < check->nr_blocks;
 	     level++) {
 		uint64_t *swap = check->level;

@@ -8,6 +8,9 @@
 #include "thinpool/error.h"
 #include "thinpool/walk.h"
 
+#define PAGE      UINT64_C(4096) /* no larger than the system's */
+#define HUGE_PAGE (UINT64_C(2) << 20)
+
 void *tp_walk_map(uint64_t bytes)
 {
 	void *memory;
@@ -17,6 +20,28 @@ void *tp_walk_map(uint64_t bytes)
 	memory = mmap(NULL, bytes ? bytes : 1, PROT_READ | PROT_WRITE,
 		      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	return memory == MAP_FAILED ? NULL : memory;
+}
+
+/* Aligned to huge pages and asked to be in them, which the system may refuse without harm. */
+void *tp_walk_map_dense(uint64_t bytes)
+{
+	uint64_t lead, rest;
+	uint8_t *memory;
+
+	if (bytes < HUGE_PAGE || bytes > PTRDIFF_MAX - HUGE_PAGE)
+		return tp_walk_map(bytes);
+	bytes = (bytes + PAGE - 1) / PAGE * PAGE;
+	memory = tp_walk_map(bytes + HUGE_PAGE);
+	if (!memory)
+		return NULL;
+	lead = -(uintptr_t)memory % HUGE_PAGE;
+	rest = HUGE_PAGE - lead;
+	if (lead)
+		munmap(memory, lead);
+	if (rest)
+		munmap(memory + lead + bytes, rest);
+	madvise(memory + lead, bytes, MADV_HUGEPAGE);
+	return memory + lead;
 }
 
 void tp_walk_unmap(void *memory, uint64_t bytes)

@@ -235,6 +235,11 @@ class Builder:
         number, self._next = self._next, self._next + 1
         return number
 
+    def continue_at(self, number: int) -> Self:
+        """Hand out blocks from here on."""
+        self._next = number
+        return self
+
     def _node(
         self,
         flags: int,

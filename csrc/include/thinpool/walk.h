@@ -33,6 +33,8 @@
 
 /* Zeroed memory that costs only the pages touched; NULL when out of memory. */
 void *tp_walk_map(uint64_t bytes);
+/* The same for what is touched all over: in huge pages where the system gives them. */
+void *tp_walk_map_dense(uint64_t bytes);
 void tp_walk_unmap(void *memory, uint64_t bytes);
 
 /* ---- thread team ------------------------------------------------------------------------- */
