@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What an allocation costs, one row of tab-separated numbers a case; tools/bench_allocator.py runs
- * this and prints the table.
+ * What an allocation costs, one row of tab-separated numbers a case; thinpool bench core runs this
+ * and shows the table.
  *
  * Usage: bench_allocator NR_BLOCKS SEED
  * Row: layout, percent full, blocks wanted, ns a call and blocks got a call of the allocator, and

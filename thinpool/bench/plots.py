@@ -25,6 +25,7 @@ COLOURS: Final = {
     "null target": "#ff7f0e",
     "loop on a raw file": "#1f77b4",
     "file, no loop": "#7f7f7f",
+    "dm-thin of the kernel": "#e377c2",
     "qemu-storage-daemon": "#2ca02c",
     "qemu-storage-daemon, backing file": "#98df8a",
     "loop on a reflink copy": "#8c564b",

@@ -71,7 +71,9 @@ class Thinpool(Store):
         self._api = place.thinpool()
         self._place = place
         base = size + max(size // 8, 256 * MIB)
-        self._api.create_pool("bench", size=4 * base + GIB, base_size=base, min_free=0)
+        self._api.create_pool(
+            "bench", size=4 * base + GIB, base_size=base, min_free=0, engine="user"
+        )
         self._count = 0
 
     def make_image(self, image: str, fill: Callable[[Path], None]) -> None:

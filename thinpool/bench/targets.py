@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 from thinpool.bench.null_target import FILE
 from thinpool.bench.workplace import Workplace, make_disk, wait_for_mount, write_file
 from thinpool.errors import ThinpoolError, UnsupportedHostError
+from thinpool.host import capabilities
 from thinpool.host.programs import find_program, run_program
 
 if TYPE_CHECKING:
@@ -117,9 +118,14 @@ class Null(Target):
 
 
 class Thinpool(Target):
-    """A volume of a pool, activated."""
+    """A volume of a pool, activated: the user engine's.
+
+    Attributes:
+        engine: of the pool.
+    """
 
     name = "thinpool"
+    engine = "user"
 
     def __init__(self, place: Workplace, *, size: int) -> None:
         """Make a pool.
@@ -130,7 +136,7 @@ class Thinpool(Target):
         """
         super().__init__(place)
         self.api: Final = place.thinpool()
-        self.api.create_pool("bench", size=size, base_size=0, min_free=0)
+        self.api.create_pool("bench", size=size, base_size=0, min_free=0, engine=self.engine)
         self._count = 0
 
     def mapped(self, size: int) -> str:
@@ -212,6 +218,28 @@ class AgedThinpool(Thinpool):
         if name not in {"bench/origin", "bench/old"}:
             self._active = name
         return super()._activated(name)
+
+
+class Kernel(Thinpool):
+    """The kernel's dm-thin, driven by thinpool; its two devices are loop devices over files."""
+
+    name = "dm-thin of the kernel"
+    engine = "dm"
+
+    def __init__(self, place: Workplace, *, size: int) -> None:
+        """Make a pool.
+
+        Args:
+            place: it is undone with it.
+            size: bytes of data.
+
+        Raises:
+            UnsupportedHostError: this kernel has no device-mapper, or no thin target.
+        """
+        missing = capabilities.device_mapper()
+        if missing is not None:
+            raise UnsupportedHostError(missing, missing="device-mapper")
+        super().__init__(place, size=size)
 
 
 class Reflink(Target):

@@ -18,6 +18,7 @@ from thinpool.bench.targets import (
     KIB,
     MIB,
     AgedThinpool,
+    Kernel,
     Null,
     PlainLoop,
     Qemu,
@@ -56,7 +57,7 @@ def run(context: Context) -> None:
         _steady(context, few, *context.size(_rest(short), _rest(short)[::3]))
 
 
-_EVERYWHERE: Final = (PlainLoop.name, Null.name, Thinpool.name, Qemu.name)
+_EVERYWHERE: Final = (PlainLoop.name, Null.name, Thinpool.name, Kernel.name, Qemu.name)
 _BACKING: Final = f"{Qemu.name}, backing file"
 
 
@@ -71,6 +72,7 @@ def _mapped(context: Context, place: Workplace, size: int) -> dict[str, str]:
         PlainLoop.name: lambda: PlainLoop(place).mapped(size),
         Null.name: lambda: Null(place).mapped(size),
         Thinpool.name: lambda: Thinpool(place, size=size + 64 * MIB).mapped(size),
+        Kernel.name: lambda: Kernel(place, size=size + 64 * MIB).mapped(size),
         Qemu.name: lambda: Qemu(place).mapped(size),
         _BACKING: lambda: Qemu(place).shared(size),
         Reflink.name: lambda: Reflink(place, size=2 * size).mapped(size),
@@ -117,8 +119,8 @@ def _first(context: Context, region: int) -> None:
     count = region // BLOCK // 2
     job = Job(rw="randwrite", depth=32, count=count, align=BLOCK, size=region)
     for case, kinds in (
-        ("first write", (Thinpool, AgedThinpool, Qemu, PlainLoop)),
-        ("break sharing", (Thinpool, AgedThinpool, Qemu, Reflink)),
+        ("first write", (Thinpool, AgedThinpool, Kernel, Qemu, PlainLoop)),
+        ("break sharing", (Thinpool, AgedThinpool, Kernel, Qemu, Reflink)),
     ):
         with (
             context.place.part("first") as place,
@@ -152,6 +154,8 @@ def _new_targets(
         def make(kind: type[Target] = kind) -> Target:
             if kind is Thinpool:
                 return Thinpool(place, size=room)
+            if kind is Kernel:
+                return Kernel(place, size=room)
             if kind is AgedThinpool:
                 return AgedThinpool(place, size=job.size)
             if kind is Reflink:

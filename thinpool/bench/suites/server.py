@@ -121,7 +121,7 @@ def _at_rest(context: Context) -> None:
     count = context.size(VOLUMES, 5)
     with context.place.part("rest") as place:
         api = place.thinpool()
-        api.create_pool("bench", size=GIB, base_size=0, min_free=0)
+        api.create_pool("bench", size=GIB, base_size=0, min_free=0, engine="user")
         api.create("bench/origin", size=64 * MIB)
         for index in range(count):
             api.snapshot("bench/origin", f"bench/v{index}", activate=True)
@@ -177,7 +177,7 @@ def _switches(processes: list[Path]) -> int:
 def _removal(context: Context, size: int) -> None:
     with context.place.part("removal") as place:
         api = place.thinpool()
-        api.create_pool("bench", size=(REMOVED + 1) * size, base_size=0, min_free=0)
+        api.create_pool("bench", size=(REMOVED + 1) * size, base_size=0, min_free=0, engine="user")
         names = [f"bench/v{index}" for index in range(REMOVED)]
         for name in names:
             api.create(name, size=size)

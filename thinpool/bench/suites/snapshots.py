@@ -255,11 +255,9 @@ def _at_once(context: Context, place: Workplace, image: Path) -> None:
     names = [f"bench/c{index}" for index in range(count)]
     subjects: dict[str, Callable[[], None]] = {
         f"{OURS}, {_THREADS} threads": partial(_ours_in_threads, api, names, folders),
+        f"{OURS}, one call": partial(_ours_in_one_call, api, names, folders),
         PLAIN: partial(_plain, files, folders),
     }
-    at_once = getattr(api, "snapshot_many", None)
-    if at_once is not None:
-        subjects[f"{OURS}, one call"] = partial(at_once, ORIGIN_NAME, names, mount=folders)
     for _, (name, work) in in_turns(list(subjects.items()), context.options.repetitions):
         try:
             took = _timed(work)
@@ -281,6 +279,10 @@ def _ours_in_threads(api: Thinpool, names: list[str], folders: list[Path]) -> No
             for name, folder in zip(names, folders, strict=True)
         ]:
             done.result()
+
+
+def _ours_in_one_call(api: Thinpool, names: list[str], folders: list[Path]) -> None:
+    api.snapshot_many(ORIGIN_NAME, names, mount=folders)
 
 
 def _plain(files: list[Path], folders: list[Path]) -> None:
