@@ -38,6 +38,7 @@ struct chunk {
 
 struct chunk_table {
 	uint64_t nr_chunks;
+	uint64_t nr_used;          /* chunks from here on were never made; under md_lock */
 	struct chunk_table *older; /* readers may still look at it: freed at close */
 	_Atomic(struct chunk *) chunks[];
 };

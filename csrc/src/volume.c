@@ -121,8 +121,11 @@ static struct chunk *make_chunk(struct tp_volume *volume, uint64_t block)
 	chunk = atomic_load(&table->chunks[at]);
 	if (!chunk) {
 		chunk = calloc(1, sizeof(*chunk));
-		if (chunk)
+		if (chunk) {
 			atomic_store_explicit(&table->chunks[at], chunk, memory_order_release);
+			if (at >= table->nr_used)
+				table->nr_used = at + 1;
+		}
 	}
 	return chunk;
 }
@@ -232,7 +235,8 @@ static void volume_free(struct tp_volume *volume)
 	struct chunk_table *table = atomic_load(&volume->table), *older;
 	uint64_t i;
 
-	for (i = 0; table && i < table->nr_chunks; i++)
+	/* Not all of it: the table of a volume whose size is not known yet is huge, and untouched. */
+	for (i = 0; table && i < table->nr_used; i++)
 		free(atomic_load(&table->chunks[i]));
 	for (; table; table = older) {
 		older = table->older;
@@ -331,8 +335,9 @@ int tp_volume_resize(struct tp_volume *volume, uint64_t size, struct tp_error *e
 	if (!table) {
 		r = tp_fail(err, TP_E_NO_MEMORY, "no memory for volume %u", volume->id);
 	} else if (table->nr_chunks > old->nr_chunks) {
-		for (i = 0; i < old->nr_chunks; i++)
+		for (i = 0; i < old->nr_used; i++)
 			atomic_init(&table->chunks[i], atomic_load(&old->chunks[i]));
+		table->nr_used = old->nr_used;
 		table->older = old;
 		atomic_store_explicit(&volume->table, table, memory_order_release);
 	} else {
