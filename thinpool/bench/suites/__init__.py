@@ -69,13 +69,13 @@ SUITES: Final = {
             name="metadata",
             summary="check and delta against thin_check and thin_delta",
             root=False,
-            seconds=90,
+            seconds=100,
         ),
         Suite(
             name="server",
             summary="flushes, the server at rest, and removing many large volumes",
             root=True,
-            seconds=110,
+            seconds=120,
         ),
     )
 }

@@ -48,7 +48,7 @@ def run(context: Context) -> None:
             _at_rest(context)
     size = context.size(GIB, 4 * MIB)
     times = min(context.options.repetitions, context.size(2, 1))
-    with context.case(f"removing {REMOVED} volumes of {size // MIB} MiB", needs=80) as go:
+    with context.case(f"removing {REMOVED} volumes of {size // MIB} MiB", needs=60) as go:
         if go:
             for _ in range(times):
                 _removal(context, size)

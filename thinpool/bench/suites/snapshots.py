@@ -24,7 +24,7 @@ from thinpool.errors import UnsupportedHostError
 from thinpool.host import filesystems, loop, mounts
 from thinpool.host.programs import find_program, run_program
 from thinpool.model import VolumeId
-from thinpool.units import KIB, MIB
+from thinpool.units import GIB, KIB, MIB
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -39,7 +39,7 @@ AT_ONCE: Final = 100
 BLOCK: Final = 64 * KIB
 VOLUME_SIZE: Final = 64 * MIB
 ORIGIN: Final = VolumeId(1)
-ORIGIN_NAME: Final = "bench/id-1"
+ORIGIN_NAME: Final = "bench/base"
 _CREATES: Final = 20
 _BATCH: Final = 1_000
 _THREADS: Final = 16
@@ -57,13 +57,23 @@ def run(context: Context) -> None:
         file.truncate(VOLUME_SIZE)
     filesystems.make_filesystem(image, "ext4", block_size=BLOCK)
     for count in populations:
-        with context.place.part("pool") as place:
-            with context.case(f"{count} snapshots in the pool, the engine", needs=10) as go:
+        with (
+            context.place.part("pool") as place,
+            context.case(f"{count} snapshots in the pool, the engine", needs=5) as go,
+        ):
+            if go:
+                _populated(context, place, image, count)
+    with context.place.part("api") as place:
+        api = _pool(place)
+        made = 0
+        for count in populations:
+            with context.case(
+                f"{count} snapshots in the pool, the API", needs=3 + count / 1500
+            ) as go:
                 if go:
-                    _populated(context, place, image, count)
-            with context.case(f"{count} snapshots in the pool, the API", needs=20) as go:
-                if go:
-                    _through_api(context, place, count)
+                    _populate(api, made, count)
+                    made = count
+                    _through_api(context, api, place.folder / "mnt", count)
     with context.place.part("at-once") as place, context.case("100 at once", needs=30) as go:
         if go:
             _at_once(context, place, image)
@@ -145,14 +155,23 @@ def _write_origin(pool: Pool, image: Path) -> None:
 # ---- the API, the command line, and other people's processes ------------------------------------
 
 
-def _through_api(context: Context, place: Workplace, count: int) -> None:
-    """Adopt the pool, and take one snapshot through its life, again and again."""
+def _pool(place: Workplace) -> Thinpool:
+    """A pool whose base has ext4."""
     api = place.thinpool()
-    api.attach_pool(
-        "bench", data=place.folder / "data", metadata=place.folder / "metadata", engine="user"
-    )
-    target = place.folder / "mnt"
-    target.mkdir()
+    api.create_pool("bench", size=GIB, base_size=VOLUME_SIZE, min_free=0, engine="user")
+    return api
+
+
+def _populate(api: Thinpool, have: int, want: int) -> None:
+    for first in range(have, want, _BATCH):
+        api.snapshot_many(
+            ORIGIN_NAME, [f"bench/many-{n}" for n in range(first, min(want, first + _BATCH))]
+        )
+
+
+def _through_api(context: Context, api: Thinpool, target: Path, count: int) -> None:
+    """Make one more, and take one through its life, again and again."""
+    target.mkdir(exist_ok=True)
     ways: dict[str, Callable[[str], float]] = {"API, durable": partial(_by_api, api)}
     if count == POPULATIONS[0]:
         ways["command line, durable"] = partial(_by_command, api.root)
@@ -183,7 +202,6 @@ def _through_api(context: Context, place: Workplace, count: int) -> None:
         )
         for step, work in zip(STEPS, steps, strict=True):
             context.results.add("life", OURS, step, "s", _timed(work), snapshots=count)
-    api.detach_pool("bench")
 
 
 def _by_api(api: Thinpool, name: str) -> float:
@@ -240,12 +258,7 @@ def _add(context: Context, case: str, subject: str, took: float, count: int, *, 
 
 def _at_once(context: Context, place: Workplace, image: Path) -> None:
     """Create, activate and mount a hundred: ours in threads and in one call, and plain files."""
-    with _engine_pool(place.folder) as pool:
-        _write_origin(pool, image)
-    api = place.thinpool()
-    api.attach_pool(
-        "bench", data=place.folder / "data", metadata=place.folder / "metadata", engine="user"
-    )
+    api = _pool(place)
     count = context.size(AT_ONCE, 8)
     folders = [place.new_folder("m") for _ in range(count)]
     files = [place.folder / f"plain-{index}" for index in range(count)]
@@ -269,7 +282,6 @@ def _at_once(context: Context, place: Workplace, image: Path) -> None:
                 gone = _timed(partial(api.remove, names, deactivate=True))
         context.results.add("100 at once", name, "create to mount", "s", took)
         context.results.add("100 at once", name, "unmount to remove", "s", gone)
-    api.detach_pool("bench")
 
 
 def _ours_in_threads(api: Thinpool, names: list[str], folders: list[Path]) -> None:
