@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tests.kernel.trees import Script
 
 Files = dict[str, bytes]
+PAGE = 4096
 KINDS = ("create", "create", "replace", "write", "write", "append", "cut", "remove")
 
 
@@ -83,7 +84,9 @@ def _one(files: Mapping[str, bytes], random_: random.Random, script: Script, new
         return Operation(path, None, f"rm {path}; sync .", atomic=True)
     if kind == "cut":
         size = random_.randrange(len(old) + 1)
-        return Operation(path, old[:size], f"truncate -s {size} {path}; sync {path}", atomic=True)
+        line = f"truncate -s {size} {path}; sync {path}"
+        # ext4 zeroes the rest of the last page before it commits the size.
+        return Operation(path, old[:size], line, written=(size, -(-size // PAGE) * PAGE))
     offset = random_.randrange(len(old)) if kind == "write" and old else len(old)
     after = old[:offset] + data + old[offset + len(data) :]
     line = (f"dd if={script.payload(data)} of={path} bs=64K seek={offset} oflag=seek_bytes "
@@ -139,10 +142,15 @@ def _in_flight(
     """What is wrong with a file that these operations may have been changing; None: nothing."""
     values = [before, *(operation.after for operation in operations)]
     if there in values or any(o.written is None and not o.atomic for o in operations):
-        return None
+        return None  # whole, or in the making
     ranges = [operation.written for operation in operations if operation.written is not None]
     if not ranges:
-        return "is neither the old nor a new one"
+        told = [
+            f"{operation.line}: {_where(there, value)}"
+            for operation in operations
+            for value in (before, operation.after)
+        ]
+        return f"is neither the old nor a new one: {'; '.join(told)}"
     if any(operation.atomic for operation in operations):
         return None  # replaced and overwritten: it could be a mixture of many
     if there is None or before is None:
@@ -150,11 +158,15 @@ def _in_flight(
     for at, byte in enumerate(before[: len(there)]):
         if byte != there[at] and not any(start <= at < end for start, end in ranges):
             return f"changed at {at}, where nothing was written"
-    return None if len(there) >= len(before) else f"has {len(there)} of {len(before)} bytes"
+    least = min(len(value) for value in values if value is not None)
+    return None if len(there) >= least else f"has {len(there)} of {least} bytes"
 
 
-def _where(found: bytes, wanted: bytes) -> str:
+def _where(found: bytes | None, wanted: bytes | None) -> str:
+    if found is None or wanted is None:
+        return f"{'gone' if found is None else 'there'}, instead of the contrary"
     if len(found) != len(wanted):
         return f"{len(found)} bytes instead of {len(wanted)}"
     at = next(i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b)
-    return f"the first wrong byte is at {at} of {len(wanted)}"
+    last = max(i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b)
+    return f"wrong bytes from {at} to {last} of {len(wanted)}, {found[at : at + 8].hex()} there"

@@ -32,7 +32,8 @@ def command(
     """How to run a shell script in a machine; $KR_DISK0 and on are its disks."""
     found = [sys.executable, str(PROGRAM), f"--timeout={timeout}", "--cwd=/", *options]
     found += [f"--disk={disk}" for disk in disks]
-    found += [f"--env={name}={value}" for name, value in (environment or {}).items()]
+    told = {"HERE": HERE, "PYTHONPATH": REPOSITORY, "PYTHONSAFEPATH": "1", **(environment or {})}
+    found += [f"--env={name}={value}" for name, value in told.items()]
     return [*found, "--", "sh", str(script)]
 
 
@@ -135,6 +136,9 @@ class Machine:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that one started and that have not been waited for."""
-    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    """The processes that one started and that have not been waited for; of an ended one, none."""
+    try:
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except FileNotFoundError:
+        return []
     return [int(word) for word in text.split()]
