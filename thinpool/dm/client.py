@@ -197,7 +197,7 @@ class DeviceMapper:
         Raises:
             NotFoundError: no such device.
         """
-        flags = abi.Flag.STATUS_TABLE
+        flags: int = abi.Flag.STATUS_TABLE
         if inactive:
             flags |= abi.Flag.QUERY_INACTIVE_TABLE
         return tuple(parse_target(line) for line in self._lines(name, flags))
@@ -212,7 +212,7 @@ class DeviceMapper:
         Raises:
             NotFoundError: no such device.
         """
-        flags = abi.Flag.NOFLUSH if noflush else abi.Flag(0)
+        flags = abi.Flag.NOFLUSH if noflush else 0
         return tuple(TargetStatus.of(line) for line in self._lines(name, flags))
 
     def deps(self, name: str) -> tuple[int, ...]:
@@ -241,7 +241,7 @@ class DeviceMapper:
         nodes.check_name(name)
         if uuid is not None:
             nodes.check_uuid(uuid)
-        flags, dev = abi.Flag(0), 0
+        flags, dev = 0, 0
         if minor is not None:
             flags, dev = abi.Flag.PERSISTENT_DEV, abi.encode_device(os.makedev(0, minor))
         command = abi.Command.DEV_CREATE
@@ -299,7 +299,7 @@ class DeviceMapper:
         Raises:
             NotFoundError: no such device.
         """
-        flags = abi.Flag.SUSPEND
+        flags: int = abi.Flag.SUSPEND
         if noflush:
             flags |= abi.Flag.NOFLUSH
         if skip_lockfs:
@@ -404,7 +404,7 @@ class DeviceMapper:
         """
         nodes.check_name(new)
         with self._wait(new) as wait:
-            header = self._renamed(name, new, abi.Flag(0), wait.event_nr)
+            header = self._renamed(name, new, 0, wait.event_nr)
             _await_udev(wait, header)
         info = self.info(new)
         self._drop_node(name)
@@ -443,7 +443,7 @@ class DeviceMapper:
             NotFoundError: no such device.
             BusyError: it is in use: ``holder`` says by whom, where that is found.
         """
-        flags = abi.Flag.DEFERRED_REMOVE if deferred else abi.Flag(0)
+        flags = abi.Flag.DEFERRED_REMOVE if deferred else 0
         deadline = time.monotonic() + timeout
         pause = _FIRST_PAUSE
         while True:
@@ -574,7 +574,7 @@ class DeviceMapper:
                 message, missing=info.path, device=info.name, errno=cause.errno
             ) from cause
 
-    def _removed(self, name: str, flags: abi.Flag) -> bool:
+    def _removed(self, name: str, flags: int) -> bool:
         """One try. Nobody needs udevd to be finished with what is gone: only its link goes now.
 
         What udevd does for it later comes before what it does for the next device of that
@@ -620,7 +620,7 @@ class DeviceMapper:
             above = sorted(os.listdir(f"/sys/dev/block/{device}/holders"))
         return f"used by the device /dev/{above[0]}" if above else None
 
-    def _renamed(self, name: str, new: str, flags: abi.Flag, event_nr: int) -> Header:
+    def _renamed(self, name: str, new: str, flags: int, event_nr: int) -> Header:
         command = abi.Command.DEV_RENAME
         payload = os.fsencode(new) + b"\0"
         try:
