@@ -9,13 +9,12 @@ for udevd where that runs. Printed are medians, spreads, the medians of each ste
 the exit status is 1 when ours takes more than a fifth of dmsetup's time. Needs root.
 
 Where udevd runs, most of the time on both sides is its own, of which two processes an activation
-are a cookie's. --rules installs our udev rules while this runs, with which we need no cookies.
+are a cookie's. With our udev rules we need none; --cookies uses them all the same.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import cProfile
 import os
 import pstats
@@ -33,12 +32,11 @@ from thinpool.dm import (
     ThinPool,
     ThinPoolTarget,
     ThinTarget,
-    probe,
-    udev,
+    UdevMode,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
 MARK = 0.2
 DMSETUP = shutil.which("dmsetup") or "/sbin/dmsetup"
@@ -112,24 +110,6 @@ def sectors_of(device: str) -> int:
         return file.seek(0, os.SEEK_END) // SECTOR
 
 
-@contextlib.contextmanager
-def rules_installed(*, wanted: bool) -> Iterator[None]:
-    """Our udev rules, until the next boot at most."""
-    target = Path("/run/udev/rules.d", udev.OWN_RULES)
-    if not wanted or udev.rules_file(udev.OWN_RULES) is not None:
-        yield
-        return
-    target.parent.mkdir(exist_ok=True)
-    shutil.copy(probe.RULES_PATH, target)
-    reload = [shutil.which("udevadm") or "/bin/udevadm", "control", "--reload"]
-    try:
-        subprocess.run(reload, check=True)
-        yield
-    finally:
-        target.unlink()
-        subprocess.run(reload, check=True)
-
-
 def run(dm: DeviceMapper, pool_path: str, repetitions: int, *, profile: bool) -> int:
     """Measure by turns; 0 where the mark is met."""
     sides = {"ours": steps_of_ours(dm, pool_path), "dmsetup": steps_of_dmsetup(pool_path)}
@@ -157,7 +137,7 @@ def main() -> int:
     parser.add_argument("--metadata", required=True, help="a block device; overwritten")
     parser.add_argument("--data", required=True, help="a block device; overwritten")
     parser.add_argument("--repetitions", type=int, default=30)
-    parser.add_argument("--rules", action="store_true", help="install our udev rules meanwhile")
+    parser.add_argument("--cookies", action="store_true", help="wait for udev by its cookies")
     parser.add_argument("--profile", action="store_true", help="show where our time goes")
     options = parser.parse_args()
     with Path(options.metadata).open("r+b") as file:
@@ -168,7 +148,8 @@ def main() -> int:
         data=options.data,
         block_sectors=BLOCK_SECTORS,
     )
-    with rules_installed(wanted=options.rules), DeviceMapper() as dm:
+    mode = UdevMode.COOKIES if options.cookies else None
+    with DeviceMapper(udev_mode=mode) as dm:
         pool = dm.activate(POOL, [target], uuid=UUID_PREFIX + POOL)
         try:
             ThinPool(dm, POOL).create_thin(ORIGIN_ID)

@@ -33,7 +33,6 @@ from thinpool.dm import (
     device_mapper,
     device_text,
     nodes,
-    probe,
     udev,
 )
 from thinpool.host import loop
@@ -643,7 +642,6 @@ def test_nobody_probes_a_guests_device(prefix, disk, require):
     """With cookies alone, whose flags udevd keeps; and with our rules, whoever raises the event."""
     require("ext4")
     udevadm = shutil.which("udevadm")
-    rules = Path("/run/udev/rules.d") / udev.OWN_RULES
 
     def properties(dm):
         name = f"{prefix}a"
@@ -660,26 +658,23 @@ def test_nobody_probes_a_guests_device(prefix, disk, require):
         dm.remove(name)
         return dict(line.split("=", 1) for line in said.splitlines())
 
-    with DeviceMapper() as dm:
-        assert dm.udev_mode is UdevMode.COOKIES
+    rules = Path("/run/udev/rules.d") / udev.OWN_RULES
+    rules.unlink(missing_ok=True)
+    subprocess.run([udevadm, "control", "--reload"], check=True)
+    with DeviceMapper(udev_mode=UdevMode.COOKIES) as dm:
         found = properties(dm)
+    assert not rules.exists()
     assert found["DM_UDEV_DISABLE_OTHER_RULES_FLAG"] == "1"
     assert not [key for key in found if key.startswith("ID_FS")]
     assert not Path("/dev/disk/by-label/guest").exists()
-    rules.parent.mkdir(exist_ok=True)
-    rules.write_text(Path(probe.RULES_PATH).read_text())
-    try:
-        subprocess.run([udevadm, "control", "--reload"], check=True)
-        with DeviceMapper() as dm:
-            assert dm.udev_mode is UdevMode.EVENTS
-            found = properties(dm)
-        assert found["UDISKS_IGNORE"] == "1"
-        assert found["DEVLINKS"] == f"/dev/mapper/{prefix}a"
-        assert not [key for key in found if key.startswith("ID_FS")]
-        with DeviceMapper(udev_mode=UdevMode.NONE) as dm:  # no flags of ours with the event
-            found = properties(dm)
-        assert found["DM_UDEV_DISABLE_OTHER_RULES_FLAG"] == "1"
-        assert not [key for key in found if key.startswith("ID_FS")]
-    finally:
-        rules.unlink()
-        subprocess.run([udevadm, "control", "--reload"], check=True)
+    with DeviceMapper() as dm:
+        found = properties(dm)
+        assert dm.udev_mode is UdevMode.EVENTS
+    assert rules.exists()
+    assert found["UDISKS_IGNORE"] == "1"
+    assert found["DEVLINKS"] == f"/dev/mapper/{prefix}a"
+    assert not [key for key in found if key.startswith("ID_FS")]
+    with DeviceMapper(udev_mode=UdevMode.NONE) as dm:  # no flags of ours with the event
+        found = properties(dm)
+    assert found["DM_UDEV_DISABLE_OTHER_RULES_FLAG"] == "1"
+    assert not [key for key in found if key.startswith("ID_FS")]

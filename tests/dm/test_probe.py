@@ -95,16 +95,65 @@ def test_doctor_says_whether_the_kernel_engine_works():
     assert ("udev-rules" in found) == (reason is None)
 
 
-def test_rules_that_are_missing_or_old_are_told(monkeypatch, tmp_path):
-    monkeypatch.setattr(udev, "_RULE_DIRECTORIES", (str(tmp_path),))
-    monkeypatch.setattr(udev, "is_running", lambda: False)
-    assert probe.udev_rules() is None
+@pytest.fixture
+def rules(monkeypatch, tmp_path):
+    """A host's directories of rules: an administrator's, and one under /run."""
+    folders = (tmp_path / "etc", tmp_path / "run")
+    monkeypatch.setattr(udev, "_RULE_DIRECTORIES", tuple(map(str, folders)))
+    monkeypatch.setattr(udev, "_VOLATILE_RULES", str(folders[1]))
     monkeypatch.setattr(udev, "is_running", lambda: True)
-    assert "not installed" in probe.udev_rules()
-    (tmp_path / udev.OWN_RULES).write_text("# old\n")
+    asked = []
+    monkeypatch.setattr(udev, "run_program", lambda *arguments, **_: asked.append(arguments))
+    folders[0].mkdir()
+    return (*(folder / udev.OWN_RULES for folder in folders), asked)
+
+
+def test_rules_are_put_where_they_lack_and_udevd_told_once(rules):
+    theirs, ours, asked = rules
+    assert udev.put_rules()
+    assert udev.put_rules()
+    assert asked == [("udevadm", ["control", "--reload"])]
+    with open(udev.RULES_PATH) as file:
+        assert ours.read_text() == file.read()
+    assert [path.name for path in ours.parent.iterdir()] == [udev.OWN_RULES]
+    ours.write_text("# of an older version\n")
+    assert udev.put_rules()
+    assert len(asked) == 2
+    assert not theirs.exists()
+    assert probe.udev_rules() is None
+
+
+def test_an_administrators_rules_are_left_alone(rules):
+    theirs, ours, asked = rules
+    theirs.write_text("# mine\n")
+    assert udev.put_rules()
+    assert not ours.exists()
     assert "another version" in probe.udev_rules()
-    with open(probe.RULES_PATH) as file:
-        (tmp_path / udev.OWN_RULES).write_text(file.read())
+    theirs.unlink()
+    theirs.symlink_to(os.devnull)
+    assert not udev.put_rules()
+    assert not ours.exists()
+    assert "masked" in probe.udev_rules()
+    assert asked == []
+
+
+def test_where_rules_cannot_be_put_that_is_no_error(rules, monkeypatch):
+    _, ours, _ = rules
+    ours.parent.write_text("no directory")
+    assert not udev.put_rules()
+
+    def fails(*_, **__):
+        raise errors.UnsupportedHostError("udevadm is not installed", missing="udevadm")
+
+    ours.parent.unlink()
+    monkeypatch.setattr(udev, "run_program", fails)
+    assert not udev.put_rules()
+
+
+def test_without_udevd_nothing_is_put(rules, monkeypatch):
+    monkeypatch.setattr(udev, "is_running", lambda: False)
+    assert udev.prepare() is udev.UdevMode.NONE
+    assert not rules[1].exists()
     assert probe.udev_rules() is None
 
 
@@ -113,6 +162,6 @@ def test_our_rules_are_read_between_device_mappers_and_those_that_heed_flags():
         ["55-dm.rules", udev.OWN_RULES, "56-lvm.rules", "60-persistent-storage-dm.rules"]
     )
     assert order.index(udev.OWN_RULES) == 1
-    with open(probe.RULES_PATH) as file:
+    with open(udev.RULES_PATH) as file:
         text = file.read()
     assert 'ATTR{dm/uuid}!="THINPOOL-*"' in text

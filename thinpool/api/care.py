@@ -136,7 +136,7 @@ def host_findings() -> tuple[Finding, ...]:
 
 def _device_mapper_findings() -> Iterator[Finding]:
     """Whether the kernel engine can be used, and whether udev lets its devices alone."""
-    from thinpool.dm import probe  # noqa: PLC0415 - for doctor alone
+    from thinpool.dm import probe, udev  # noqa: PLC0415 - for doctor alone
 
     found = probe.probe()
     if found.reason is not None or found.interface is None or found.target is None:
@@ -151,5 +151,5 @@ def _device_mapper_findings() -> Iterator[Finding]:
         subject="udev-rules",
         state="ok" if reason is None else "note",
         message=reason or "guests' devices are left alone",
-        remedy=None if reason is None else f"cp {probe.RULES_PATH} /etc/udev/rules.d/",
+        remedy=None if reason is None else f"cp {udev.RULES_PATH} /etc/udev/rules.d/",
     )

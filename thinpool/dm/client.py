@@ -103,7 +103,8 @@ class DeviceMapper:
         """Open the control device.
 
         Args:
-            udev_mode: how udev is waited for; None for what works here.
+            udev_mode: how udev is waited for; None for what works here, which is found out,
+                and our udev rules put in place for, when the first device is made.
             udev_seconds: how long udevd may take for one device.
             quiet: tell udev's rules to leave our devices alone: no probing, no links.
 
@@ -112,7 +113,7 @@ class DeviceMapper:
             NotPermittedError: this user may not use it.
         """
         self._control = Control()
-        self._udev_mode = udev.detect() if udev_mode is None else udev_mode
+        self._udev_mode = udev_mode
         self._udev_seconds = udev_seconds
         self._quiet = quiet
 
@@ -125,8 +126,8 @@ class DeviceMapper:
 
     @property
     def udev_mode(self) -> udev.UdevMode:
-        """How udev is waited for."""
-        return self._udev_mode
+        """How udev is waited for, or would be as things are."""
+        return udev.detect() if self._udev_mode is None else self._udev_mode
 
     def target_versions(self) -> dict[str, tuple[int, int, int]]:
         """The target types that are loaded, with their versions."""
@@ -548,6 +549,8 @@ class DeviceMapper:
         return abi.unpack_table(buffer, header)
 
     def _wait(self, name: str) -> udev.Wait:
+        if self._udev_mode is None:
+            self._udev_mode = udev.prepare()  # twice, by two threads, is once
         return udev.wait_for(self._udev_mode, name, quiet=self._quiet, seconds=self._udev_seconds)
 
     def _resumed(self, name: str, around: udev.Wait) -> DeviceInfo:

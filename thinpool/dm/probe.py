@@ -10,8 +10,6 @@ from thinpool.dm import udev
 from thinpool.dm.client import DeviceMapper
 
 TARGETS = ("thin-pool", "thin")
-RULES_PATH = os.path.join(os.path.dirname(__file__), udev.OWN_RULES)
-"""The udev rules that come with this package."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,13 +20,11 @@ class Probe:
         reason: why the kernel engine cannot be used here; None where it can.
         interface: version of the ioctl interface; None where there is none for us.
         target: version of the thin-pool target; None where there is none.
-        udev: how udev is waited for; None where it doesn't matter.
     """
 
     reason: str | None
     interface: tuple[int, int, int] | None = None
     target: tuple[int, int, int] | None = None
-    udev: udev.UdevMode | None = None
 
 
 def probe() -> Probe:
@@ -36,7 +32,7 @@ def probe() -> Probe:
     try:
         with DeviceMapper() as dm:
             versions = {kind: dm.target_version(kind) for kind in TARGETS}
-            interface, mode = dm.version, dm.udev_mode
+            interface = dm.version
     except errors.ThinpoolError as error:
         return Probe(reason=error.message)
     reasons = [
@@ -48,7 +44,6 @@ def probe() -> Probe:
         reason=reasons[0] if reasons else None,
         interface=interface,
         target=versions["thin-pool"],
-        udev=mode,
     )
 
 
@@ -61,12 +56,14 @@ def udev_rules() -> str | None:
     """Why udevd may look into guests' devices; None where it is kept from it, or doesn't run."""
     if not udev.is_running():
         return None
-    installed = udev.rules_file(udev.OWN_RULES)
-    if installed is None:
-        return f"{udev.OWN_RULES} is not installed: host tools may probe guests' devices"
+    present = udev.rules_file(udev.OWN_RULES, masked=True)
+    if present is None:
+        return None if os.access("/run/udev", os.W_OK) else "they cannot be put under /run/udev"
+    if os.path.realpath(present) == os.devnull:
+        return f"{present} is masked: host tools may probe guests' devices"
     try:
-        with open(installed, "rb") as theirs, open(RULES_PATH, "rb") as ours:
+        with open(present, "rb") as theirs, open(udev.RULES_PATH, "rb") as ours:
             same = theirs.read() == ours.read()
     except OSError as error:
-        return f"{installed}: {os.strerror(error.errno or 0)}"
-    return None if same else f"{installed} is of another version of thinpool"
+        return f"{present}: {os.strerror(error.errno or 0)}"
+    return None if same else f"{present} is of another version of thinpool"

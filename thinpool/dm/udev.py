@@ -1,10 +1,11 @@
 """Waiting for udev around a command: who makes the node, and when a device is ready.
 
-Where udevd runs with our rules (``55-thinpool.rules``), or with none for device-mapper at all,
-its announcements are listened to. Where it runs with the rules of device-mapper's own package
-alone, those make no link unless a command carries a cookie, so a cookie is waited for; each costs
-udevd two processes. Where udevd doesn't run, there is nothing to wait for. In every case a node
-that is missing afterwards is made by us.
+Where udevd runs, our rules (``55-thinpool.rules``) are put under /run before the first device is
+made, unless they are installed or masked. With them, or with no rules for device-mapper at all,
+udevd's announcements are listened to. The rules of device-mapper's own package alone make no link
+unless a command carries a cookie, so there a cookie is waited for; each costs udevd two processes.
+Where udevd doesn't run, there is nothing to wait for. In every case a node that is missing
+afterwards is made by us.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import threading
 import time
 from enum import Enum
 from typing import TYPE_CHECKING, Final, Protocol, Self
@@ -20,6 +22,7 @@ from thinpool import errors
 from thinpool.dm import nodes
 from thinpool.dm.cookies import QUIET, Cookie, UdevFlags
 from thinpool.dm.events import DeviceMonitor
+from thinpool.host.programs import run_program
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -30,14 +33,17 @@ WAIT_SECONDS: Final = 60.0
 
 _SLICE_SECONDS: Final = 1.0
 _IDLE_SLICES: Final = 2
+_VOLATILE_RULES: Final = "/run/udev/rules.d"
 _RULE_DIRECTORIES: Final = (
     "/etc/udev/rules.d",
-    "/run/udev/rules.d",
+    _VOLATILE_RULES,
     "/usr/local/lib/udev/rules.d",
     "/usr/lib/udev/rules.d",
     "/lib/udev/rules.d",
 )
 OWN_RULES: Final = "55-thinpool.rules"
+RULES_PATH: Final = os.path.join(os.path.dirname(__file__), OWN_RULES)
+"""The rules that come with this package."""
 _COMPLETING_RULES: Final = "95-dm-notify.rules"
 _QUEUE: Final = "/run/udev/queue"
 """Is there while udevd has something to do."""
@@ -85,12 +91,49 @@ class Wait(Protocol):
         ...
 
 
+def prepare() -> UdevMode:
+    """The way that works here, for making devices: our rules are put in place where they lack."""
+    if detect() is not UdevMode.NONE:
+        put_rules()
+    return detect()
+
+
 def detect() -> UdevMode:
-    """The way that works here."""
+    """The way that works here as it is now."""
     if os.environ.get(_OFF_VARIABLE) == "1" or not is_running():
         return UdevMode.NONE
     cookies = rules_file(OWN_RULES) is None and rules_file(_COMPLETING_RULES) is not None
     return UdevMode.COOKIES if cookies and _semaphores() else UdevMode.EVENTS
+
+
+def put_rules() -> bool:
+    """Put our rules where udevd reads them until the next boot, unless it has them.
+
+    Devices of ours exist only after a client was here, so nothing needs them before. Rules that
+    an administrator installed, or masked (a link to /dev/null), are left alone.
+
+    Returns:
+        Whether udevd has our rules now.
+    """
+    target = f"{_VOLATILE_RULES}/{OWN_RULES}"
+    present = rules_file(OWN_RULES, masked=True)
+    try:
+        with open(RULES_PATH, "rb") as file:
+            text = file.read()
+        if present is not None:
+            with open(present, "rb") as file:
+                if present != target or file.read() == text:
+                    return os.path.realpath(present) != os.devnull
+        os.makedirs(_VOLATILE_RULES, exist_ok=True)
+        fresh = f"{target}.{os.getpid()}.{threading.get_ident()}"  # no name that udevd reads
+        with open(fresh, "wb") as file:
+            file.write(text)
+        os.replace(fresh, target)
+        # It asks udevd, and waits for the answer.
+        run_program("udevadm", ["control", "--reload"], package="udev")
+    except (OSError, errors.ThinpoolError):
+        return False
+    return True
 
 
 def is_running() -> bool:
@@ -105,12 +148,12 @@ def is_running() -> bool:
     return True
 
 
-def rules_file(name: str) -> str | None:
-    """Where a file of udev rules is; None where it is nowhere, or is masked."""
+def rules_file(name: str, *, masked: bool = False) -> str | None:
+    """Where a file of udev rules is; None where it is nowhere, or is masked unless asked for."""
     for directory in _RULE_DIRECTORIES:
         path = f"{directory}/{name}"
         if os.path.lexists(path):
-            return None if os.path.realpath(path) == os.devnull else path
+            return path if masked or os.path.realpath(path) != os.devnull else None
     return None
 
 
