@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -189,7 +190,7 @@ def test_a_device_is_there_when_activate_returns(dm, prefix, disk):
     assert not os.path.lexists(info.path)
 
 
-@pytest.mark.parametrize(
+EVERY_MODE = pytest.mark.parametrize(
     "mode",
     [
         UdevMode.NONE,
@@ -197,6 +198,9 @@ def test_a_device_is_there_when_activate_returns(dm, prefix, disk):
         pytest.param(UdevMode.EVENTS, marks=pytest.mark.udev),
     ],
 )
+
+
+@EVERY_MODE
 def test_every_way_of_waiting_gives_a_node_and_leaves_none(prefix, mode):
     with DeviceMapper(udev_mode=mode) as dm:
         for _ in range(5):  # the number is the same each time, and udevd still busy with the last
@@ -207,6 +211,22 @@ def test_every_way_of_waiting_gives_a_node_and_leaves_none(prefix, mode):
             assert not os.path.lexists(info.path)
             dm.remove(renamed.name)
             assert not os.path.lexists(renamed.path)
+
+
+@EVERY_MODE
+def test_threads_do_not_disturb_each_other(prefix, mode):
+    def cycles(number):
+        for _ in range(3):
+            name = f"{prefix}{number}"
+            info = dm.activate(name, [ZeroTarget(length=8 * number)], uuid=f"{UUID_PREFIX}{name}")
+            assert os.stat(info.path).st_rdev == info.number
+            with open(info.path, "rb") as file:
+                assert len(file.read()) == 8 * number * SECTOR
+            dm.remove(name, timeout=30)
+            assert not os.path.lexists(info.path)
+
+    with DeviceMapper(udev_mode=mode) as dm, ThreadPoolExecutor(4) as threads:
+        list(threads.map(cycles, range(1, 5)))
 
 
 def test_a_stale_node_is_replaced(dm, prefix):
