@@ -63,6 +63,7 @@ LAYERS: dict[str, set[str]] = {
         "thinpool",
         "thinpool.api",
         "thinpool.check",
+        "thinpool.dm",
         "thinpool.engine",
         "thinpool.format",
         "thinpool.host",

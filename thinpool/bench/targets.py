@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from thinpool import dm
 from thinpool.bench.null_target import FILE
 from thinpool.bench.workplace import Workplace, make_disk, wait_for_mount, write_file
 from thinpool.errors import ThinpoolError, UnsupportedHostError
-from thinpool.host import capabilities
 from thinpool.host.programs import find_program, run_program
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ class Kernel(Thinpool):
         Raises:
             UnsupportedHostError: this kernel has no device-mapper, or no thin target.
         """
-        missing = capabilities.device_mapper()
+        missing = dm.device_mapper()
         if missing is not None:
             raise UnsupportedHostError(missing, missing="device-mapper")
         super().__init__(place, size=size)
