@@ -166,7 +166,17 @@ def _docker() -> str | None:
     return None if int(found[1]) < 28 else f"{said.strip()} has no graph-driver plugins"
 
 
+def _bench_programs() -> str | None:
+    """The C core's programs that print what something costs: make test-c builds them."""
+    folder = os.environ.setdefault(
+        "THINPOOL_BENCH_PROGRAMS", str(REPOSITORY / "build/normal/csrc/tests")
+    )
+    missing = not os.access(Path(folder) / "bench_metadata", os.X_OK)
+    return f"no bench_metadata in {folder}: make test-c builds it" if missing else None
+
+
 CAPABILITIES: dict[str, Callable[[], str | None]] = {
+    "bench_programs": _bench_programs,
     "dm": _dm,
     "docker": _docker,
     "ext4": _ext4,
