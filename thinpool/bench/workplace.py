@@ -142,21 +142,32 @@ def workplace(directory: Path) -> Iterator[Workplace]:
         NotFoundError: there is no such directory.
     """
     parent = directory.resolve(strict=True)
-    clear_leftovers(parent)
-    if os.geteuid() == 0:
-        mounts.enter_private_namespace()
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-    try:
-        with (folder / _LOCK).open("w") as lock:
+    with contextlib.ExitStack() as held:
+        # Of two runs that begin together none must take the other's new folder for a dead one's.
+        beginning = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with _closing(beginning):
+            fcntl.flock(beginning, fcntl.LOCK_EX)
+            clear_leftovers(parent)
+            folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+            held.callback(shutil.rmtree, folder, ignore_errors=True)
+            lock = held.enter_context((folder / _LOCK).open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
-            with (
-                _environment("THINPOOL_RUN", str(folder / "run")),
-                _environment("THINPOOL_LINGER", "2"),
-                Workplace(folder) as place,
-            ):
-                yield place
+        if os.geteuid() == 0:
+            mounts.enter_private_namespace()
+        with (
+            _environment("THINPOOL_RUN", str(folder / "run")),
+            _environment("THINPOOL_LINGER", "2"),
+            Workplace(folder) as place,
+        ):
+            yield place
+
+
+@contextlib.contextmanager
+def _closing(descriptor: int) -> Iterator[None]:
+    try:
+        yield
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
 
 
 def clear_leftovers(parent: Path) -> list[Path]:

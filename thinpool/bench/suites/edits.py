@@ -32,15 +32,16 @@ FILE: Final = "file"
 PLACES: Final = (2, 10, 100, 1_000, 10_000)
 SIZES: Final = (MIB, 16 * MIB, 256 * MIB, GIB, 4 * GIB)
 QUICK_SIZES: Final = (MIB, 8 * MIB)
+_DISKS: Final = 4
 SLOW_COPIES: Final = 3
 """Repetitions where a whole file of 4 GiB is copied by anyone but overlay2."""
 
 
 def run(context: Context) -> None:
     """Measure."""
-    sizes = context.size(SIZES, QUICK_SIZES)
-    large = context.size(GIB, 8 * MIB)
-    middle = context.size(256 * MIB, 8 * MIB)
+    sizes = _that_fit(context, context.size(SIZES, QUICK_SIZES))
+    large = min(context.size(GIB, 8 * MIB), sizes[-1])
+    middle = min(context.size(256 * MIB, 8 * MIB), sizes[-1])
 
     def ready(name: str, make: Callable[[], Store]) -> Store | None:
         context.say(f"making {name} ready")
@@ -71,6 +72,18 @@ def run(context: Context) -> None:
     for size, who in ((middle, stores), (large, some)):
         _case(context, who, size, KIB * 4, places=size // 100 // (4 * KIB), share="1 %", needs=30)
     _case(context, stores, middle, KIB * 4, warm=True, needs=20)
+
+
+def _that_fit(context: Context, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes of which all images and two whole copies fit on the disk; others are named."""
+    found = os.statvfs(context.place.folder)
+    free = found.f_bavail * found.f_frsize
+    while len(sizes) > 1 and _DISKS * sum(sizes) + 2 * sizes[-1] + 2 * GIB > free:
+        context.results.left_out.append(
+            (f"files of {format_size(sizes[-1])}", f"only {format_size(free)} are free to work in")
+        )
+        sizes = sizes[:-1]
+    return sizes
 
 
 def _image(size: int) -> str:
