@@ -158,7 +158,14 @@ def _write_origin(pool: Pool, image: Path) -> None:
 def _pool(place: Workplace) -> Thinpool:
     """A pool whose base has ext4."""
     api = place.thinpool()
-    api.create_pool("bench", size=GIB, base_size=VOLUME_SIZE, min_free=0, engine="user")
+    api.create_pool(
+        "bench",
+        size=GIB,
+        metadata_size=256 * MIB,
+        base_size=VOLUME_SIZE,
+        min_free=0,
+        engine="user",
+    )
     return api
 
 
