@@ -7,7 +7,7 @@ import pytest
 
 from thinpool import errors
 from thinpool.engine import Change, ChangeKind, Pool
-from thinpool.store.catalogue import Intent
+from thinpool.store.catalogue import Catalogue, Intent
 from thinpool.store.opening import open_pool
 from thinpool.store.poolfile import pool_directory, read_config
 
@@ -99,6 +99,58 @@ def test_intent_of_another_time_is_settled_by_ids(root, reopen, change):
         assert service._catalogue.intent() is None
         assert any(each.subject == "intent" and each.state == "wrong" for each in service.findings)
         service.create("b", size=MIB)
+
+
+@pytest.mark.parametrize("made", [0, 1])
+def test_snapshot_that_the_kernel_made_half_is_undone_by_the_user_engine_too(
+    root, reopen, made
+) -> None:
+    """Engine dm died between the message and the transaction id, and the user engine comes next."""
+    with reopen() as service:
+        service.create("a", size=MIB)
+        origin = service.get("a").id
+        expected = service._pool.status().transaction_id
+        change = Change(kind=ChangeKind.SNAPSHOT, id=7, origin=origin)
+        intent = Intent(
+            operation="snapshot", expected=expected, new=expected + 1, changes=(change,),
+            insert=(), delete=(), request=None,
+        )  # fmt: skip
+    catalogue = Catalogue(pool_directory(root, "p") / "catalogue.db")
+    catalogue.write_intent(intent)
+    catalogue.close()
+    with open_pool(read_config(root, "p")) as found:
+        found.pool.apply([change][:made], expected=expected, new=expected)
+    with reopen() as service:
+        assert names(service) == {"a": "ready"}
+        assert {info.id for info in service._pool.volumes()} == {origin}
+        assert [each.subject for each in service.findings] == ["intent"]
+
+
+def test_removal_that_the_kernel_did_half_is_finished_by_the_user_engine_too(root, reopen) -> None:
+    with reopen() as service:
+        for name in ("a", "b", "c"):
+            service.create(name, size=MIB)
+        ids = [service.get(name).id for name in ("a", "b")]
+        expected = service._pool.status().transaction_id
+    changes = [Change(kind=ChangeKind.DELETE, id=each) for each in ids]
+    catalogue = Catalogue(pool_directory(root, "p") / "catalogue.db")
+    catalogue.write_intent(
+        Intent(
+            operation="remove",
+            expected=expected,
+            new=expected + 1,
+            changes=tuple(changes),
+            insert=(),
+            delete=tuple(ids),
+            request=None,
+        )
+    )
+    catalogue.close()
+    with open_pool(read_config(root, "p")) as found:
+        found.pool.apply(changes[:1], expected=expected, new=expected)
+    with reopen() as service:
+        assert names(service) == {"c": "ready"}
+        assert len(list(service._pool.volumes())) == 1
 
 
 def test_lost_catalogue_is_rebuilt_from_the_copy_beside_the_metadata(root, reopen):

@@ -11,7 +11,7 @@ Every change goes through these steps; a crash falls into one of the gaps:
 Of the kernel's pools step 2 is a commit for the change and another for the transaction id. Between
 them the id is the expected one, and the volumes say what happened: one that was made is removed
 again, since nobody was told of it; one that was deleted cannot come back, so the deletion is
-finished.
+finished. Either engine does so: after a crash the next one to open the pool may be the other.
 
 A transaction id that is neither means that something else changed the pool, or that older metadata
 was put in its place. Then ids decide: what the pool has and the catalogue does not is adopted as
@@ -51,8 +51,7 @@ def reconcile(
 ) -> list[Finding]:
     """Mend the catalogue so that it tells the pool's truth.
 
-    Changes nothing in a pool whose changes are one commit; in others, what an intent that stands
-    tells of.
+    Changes nothing in the pool but what an intent of engine dm left half done.
 
     Args:
         catalogue: of the pool.
@@ -126,7 +125,7 @@ def settle_intent(catalogue: Catalogue, pool: PoolBackend) -> Finding | None:
             message=f"'{intent.operation}' was under way from transaction {intent.expected} "
             f"to {intent.new}, and the pool is at {found}: ids were compared instead",
         )
-    elif not pool.atomic and (half := _half_done(intent, pool)) is not None:
+    elif (half := _half_done(intent, pool)) is not None:
         message = _mend(half, intent, catalogue, pool)
     else:
         catalogue.drop_intent()
