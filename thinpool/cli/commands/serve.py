@@ -13,6 +13,7 @@ from thinpool.errors import NotThereYetError, UsageError
 
 if TYPE_CHECKING:
     from thinpool.cli.session import Session
+    from thinpool.graphdriver.serve import Serving
 
 
 @command(
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     examples=[
         ("thinpool serve graphdriver p", "Docker's --storage-driver=thinpool, until SIGTERM:"),
         ("thinpool serve graphdriver p --name fast", "The same under another name:"),
+        ("thinpool serve graphdriver p --print-unit", "The unit for /etc/systemd/system:"),
     ],
 )
 @click.argument("front_end", type=click.Choice(["graphdriver", "snapshotter"]))
@@ -41,9 +43,20 @@ if TYPE_CHECKING:
     metavar="PATH",
     help="Where to listen; /run/docker/plugins/N.sock by default, where dockerd looks.",
 )
+@click.option(
+    "--print-unit",
+    is_flag=True,
+    help="Print the systemd unit that runs this, ordered before Docker, and end.",
+)
 @click.pass_obj
 def serve(
-    session: Session, *, front_end: str, pool: str, name: str | None, path: Path | None
+    session: Session,
+    *,
+    front_end: str,
+    pool: str,
+    name: str | None,
+    path: Path | None,
+    print_unit: bool,
 ) -> None:
     """Serve a pool to Docker or containerd.
 
@@ -64,11 +77,23 @@ def serve(
 
     what = graphdriver.serving(pool, name, path)
     api = session.api
+    if print_unit:
+        _print_unit(what, api.root)
+        return
     if not session.verbosity:
         _log_events()
     graphdriver.serve(
         api, what, ready=lambda: session.note(f"serving {what.pool} on {what.socket}")
     )
+
+
+def _print_unit(what: Serving, root: Path) -> None:
+    from thinpool.graphdriver.serve import serving
+    from thinpool.graphdriver.unit import unit
+
+    usual = root == Path("/var/lib/thinpool")
+    default = serving(what.pool, what.name, None)
+    click.echo(unit(what, root=None if usual else root, default_socket=default.socket), nl=False)
 
 
 def _log_events() -> None:
