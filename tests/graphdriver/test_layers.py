@@ -128,7 +128,9 @@ def test_size_counts_added_and_changed_files(driver, names):
     (where / "etc/b").write_bytes(b"x" * 1000)
     (where / "fresh").write_bytes(b"x" * 234)
     (where / "usr/f1").unlink()
-    assert driver.size("one", "below") == 1234
+    os.link(where / "fresh", where / "twice")  # is counted once
+    (where / "soft").symlink_to("fresh")
+    assert driver.size("one", "below") == 1234 + len("fresh")
 
 
 def test_without_a_parent_it_is_the_whole_tree(driver, names):

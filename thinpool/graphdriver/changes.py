@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,34 +154,27 @@ def changes(layers: Layers, layer: str, parent: str | None) -> list[dict[str, An
         NotFoundError: there is no such layer.
     """
     with _sides(layers, layer, parent) as sides:
-        found = iter_changes(
-            sides.before,
-            sides.after,
-            related=True,
-            parted_ns=sides.parted_ns,
-            within=sides.within,
-            parents=True,
-        )
         return [
             {"Path": "/" + text(each.path), "Kind": _KINDS[each.kind]}
-            for each in found
+            for each in sides.changes(parents=True)
             if each.path
         ]
 
 
 def diff_size(layers: Layers, layer: str, parent: str | None) -> int:
-    """Bytes of the files that were added or changed.
+    """Bytes of the files and links that were added or changed, each counted once.
 
     Raises:
         NotFoundError: there is no such layer.
     """
     with _sides(layers, layer, parent) as sides:
-        found = iter_changes(
-            sides.before, sides.after, related=True, parted_ns=sides.parted_ns, within=sides.within
-        )
-        return sum(
-            each.size for each in found if each.kind != "deleted" and stat.S_ISREG(each.type)
-        )
+        total, counted = 0, set()
+        for each in sides.changes(parents=False):
+            if each.kind != "deleted" and each.inode not in counted:
+                total += each.size
+                if each.inode:
+                    counted.add(each.inode)
+        return total
 
 
 def diff(layers: Layers, layer: str, parent: str | None) -> Iterator[bytes]:

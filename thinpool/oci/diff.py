@@ -46,7 +46,9 @@ class Change:
         path: from the root, in bytes.
         kind: added, modified or deleted.
         type: S_IFMT bits of what is there now, or was, if deleted.
-        size: bytes of the regular file that is there now; if deleted, of all that went with it.
+        size: bytes of the regular file or the link's target that is there now; if deleted, of all
+            that went with it.
+        inode: the number of what is there now, if it has more names than one; else 0.
         reasons: of a modification: type, mode, owner, size, mtime, content, target, device, xattrs,
             and ``entries`` for a directory in which something changed.
     """
@@ -55,6 +57,7 @@ class Change:
     kind: Kind
     type: int
     size: int
+    inode: int = 0
     reasons: tuple[str, ...] = ()
 
 
@@ -420,7 +423,13 @@ def _status(fd: int, name: bytes) -> os.stat_result | None:
 
 
 def _size(status: os.stat_result) -> int:
-    return status.st_size if stat.S_ISREG(status.st_mode) else 0
+    kind = stat.S_IFMT(status.st_mode)
+    return status.st_size if kind in (stat.S_IFREG, stat.S_IFLNK) else 0
+
+
+def _shared(status: os.stat_result) -> int:
+    several = status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode)
+    return status.st_ino if several else 0
 
 
 def _size_below(fd: int, name: bytes, status: os.stat_result) -> int:
@@ -435,9 +444,17 @@ def _size_below(fd: int, name: bytes, status: os.stat_result) -> int:
 
 def _added(path: bytes, status: os.stat_result) -> Change:
     kind = stat.S_IFMT(status.st_mode)
-    return Change(path=path, kind="added", type=kind, size=_size(status))
+    size, inode = _size(status), _shared(status)
+    return Change(path=path, kind="added", type=kind, size=size, inode=inode)
 
 
 def _modified(path: bytes, status: os.stat_result, reasons: tuple[str, ...]) -> Change:
     kind = stat.S_IFMT(status.st_mode)
-    return Change(path=path, kind="modified", type=kind, size=_size(status), reasons=reasons)
+    return Change(
+        path=path,
+        kind="modified",
+        type=kind,
+        size=_size(status),
+        inode=_shared(status),
+        reasons=reasons,
+    )

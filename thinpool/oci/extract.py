@@ -126,12 +126,14 @@ class Extracted:
     Attributes:
         members: entries of the archive.
         bytes_written: file data.
+        link_bytes: targets of symbolic links.
         whiteouts: entries that hide.
         notes: what was left out, at most 100 lines, for people.
     """
 
     members: int
     bytes_written: int
+    link_bytes: int
     whiteouts: int
     notes: tuple[str, ...]
 
@@ -246,6 +248,7 @@ class Extractor:
         self._deferred: dict[tuple[int, bytes], _Deferred] = {}
         self._late_root: _Deferred | None = None
         self._bytes = 0
+        self._link_bytes = 0
         self._hidden = 0
         self._notes: list[str] = []
         self._member = ""
@@ -294,6 +297,7 @@ class Extractor:
         return Extracted(
             members=reader.count,
             bytes_written=self._bytes,
+            link_bytes=self._link_bytes,
             whiteouts=self._hidden,
             notes=tuple(self._notes),
         )
@@ -540,6 +544,7 @@ class Extractor:
         except FileExistsError:
             self._remove(parent, name)
             os.symlink(member.linkname, name, dir_fd=parent.fd)
+        self._link_bytes += len(member.linkname)
         self._name_metadata(member, parent, name, of_link=True)
         return True
 
