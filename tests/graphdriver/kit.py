@@ -48,7 +48,7 @@ class RefusedError(Exception):
 class Driver:
     """One pool and its driver's process."""
 
-    def __init__(self, folder, *, pool="p", name="tp", socket=None, **settings):
+    def __init__(self, folder, *, pool="p", name="tp", socket=None, patience_ms=None, **settings):
         self.folder = folder
         self.root = folder / "root"
         self.pool = pool
@@ -57,11 +57,20 @@ class Driver:
         self.log = folder / "serve.log"
         self.api = Thinpool(self.root)
         self.api.create_pool(pool, **settings)
+        if patience_ms is not None:  # how long a full pool is waited for; no setting of people's
+            self.set_patience(patience_ms)
         self.uuid = self.api.status(pool).uuid
         self.places = (
             Path(os.environ["THINPOOL_RUN"]) / "graphdriver" / f"{name}-{self.uuid}" / "mnt"
         )
         self.process = None
+
+    def set_patience(self, milliseconds):
+        eventually(lambda: not (self.root / "pools" / self.pool / "server.sock").exists())
+        path = self.root / "pools" / self.pool / "pool.json"
+        settings = json.loads(path.read_text())
+        assert "no_space_timeout_ms" in settings
+        path.write_text(json.dumps(settings | {"no_space_timeout_ms": milliseconds}))
 
     # ---- the process ------------------------------------------------------------------------
 

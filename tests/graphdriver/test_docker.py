@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import secrets
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -16,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.graphdriver.dockerd import CHANGES, Dockerd, a_dockerd, root_tar, tree_of
-from tests.graphdriver.kit import GIB, a_driver, eventually
+from tests.graphdriver.dockerd import Dockerd, image_archive, root_tar
+from tests.graphdriver.kit import GIB, MIB, RefusedError, a_driver, eventually, tar_of
 
 pytestmark = [
     pytest.mark.docker,
@@ -35,6 +33,10 @@ class Docker(Dockerd):
     """A daemon and the driver below it."""
 
     driver = None
+
+    def layer_of(self, container):
+        """The id of a container's layer."""
+        return json.loads(self("inspect", container))[0]["GraphDriver"]["Data"]["DeviceName"][2:]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def docker(require):
 def container(docker):
     """The name of a container that runs; gone afterwards."""
     name = f"c{secrets.token_hex(4)}"
-    docker("run", "-d", OFFLINE, "--name", name, "base:1", "sleep", "600")
+    docker("run", "-d", "--stop-timeout=1", OFFLINE, "--name", name, "base:1", "sleep", "600")
     yield name
     docker("rm", "-f", name)
 
@@ -84,140 +86,8 @@ def test_run_exec_cp_and_inspect(docker, container, tmp_path):
     assert found["GraphDriver"]["Data"]["Filesystem"] == "ext4"
 
 
-def test_same_changes_and_trees_as_overlay2(docker, require):
-    require("overlay")
-    seen = []
-    with a_dockerd("overlay2") as other:
-        other.run("import", "-", "base:1", stdin=root_tar())
-        for daemon in (docker, other):
-            daemon("run", "--name", "changed", OFFLINE, "base:1", "sh", "-c", CHANGES)
-            changes = set(daemon("diff", "changed").splitlines())
-            exported = tree_of(daemon.run("export", "changed").stdout)
-            daemon("commit", "changed", "changed:1")
-            daemon("create", "--name", "committed", OFFLINE, "changed:1", "true")
-            committed = tree_of(daemon.run("export", "committed").stdout)
-            daemon("rm", "changed", "committed")
-            daemon("rmi", "changed:1")
-            seen.append((changes, exported, committed))
-    ours, theirs = seen
-    assert ours[0] == theirs[0]
-    assert ours[1] == theirs[1]
-    assert ours[2] == theirs[2]
-    assert ours[1] == ours[2]
-
-
 def test_container_that_changes_nothing_has_no_changes(docker, container):
     assert docker("diff", container) == ""
-
-
-DOCKERFILE = """
-FROM base:1
-COPY data /data
-RUN echo one > /one && rm /dir/file2
-RUN for d in a b c; do mkdir /many$d; for n in $(seq 300); do echo $n > /many$d/$n; done; done
-RUN rm -r /manyb && mv /manya /moved && echo two >> /one
-"""
-
-
-@pytest.mark.parametrize("buildkit", [False, True], ids=["classic", "buildkit"])
-def test_build(docker, buildkit, tmp_path):
-    (tmp_path / "Dockerfile").write_text(DOCKERFILE)
-    (tmp_path / "data").write_text("data")
-    docker("build", OFFLINE, "-t", "built:1", str(tmp_path), buildkit=buildkit)
-    script = (
-        "cat /one /data; echo; find /moved /manyc -type f | "
-        "(n=0; while read x; do n=$((n+1)); done; echo $n); ls /dir/file2 /manyb"
-    )
-    said = docker.run("run", "--rm", OFFLINE, "built:1", "sh", "-c", script, check=False)
-    assert said.stdout.decode().split() == ["one", "two", "data", "600"]
-    assert said.returncode != 0
-    assert b"/dir/file2: No such file" in said.stderr
-    docker("rmi", "built:1")
-    docker("builder", "prune", "-af")
-
-
-def test_save_and_load_of_an_image_of_several_layers(docker, tmp_path):
-    (tmp_path / "Dockerfile").write_text(DOCKERFILE)
-    (tmp_path / "data").write_text("data")
-    docker("build", OFFLINE, "-t", "several:1", str(tmp_path))
-    before = docker("inspect", "-f", "{{.Id}} {{.RootFS.Layers}}", "several:1")
-    archive = docker.run("save", "several:1").stdout
-    docker("rmi", "several:1")
-    docker.run("load", stdin=archive)
-    assert docker("inspect", "-f", "{{.Id}} {{.RootFS.Layers}}", "several:1") == before
-    assert docker("run", "--rm", OFFLINE, "several:1", "cat", "/one") == "one\ntwo"
-    assert docker.run("save", "several:1").stdout == archive
-    docker("rmi", "several:1")
-
-
-def test_storage_opt_size_is_a_limit(docker):
-    fill = "dd if=/dev/zero of=/fill bs=1024k count=400 2>&1; stat -c %s /fill"
-    said = docker("run", "--rm", OFFLINE, "--storage-opt", "size=100M", "base:1", "sh", "-c", fill)
-    assert "No space left on device" in said
-    assert 80 << 20 < int(said.split()[-1]) <= 100 << 20
-    said = docker(
-        "run", "--rm", OFFLINE, "--storage-opt", "size=2G", "base:1", "sh", "-c", "df -m / | cat"
-    )
-    assert int(re.findall(r"(\d+) +\d+ +\d+ +\d+%", said)[0]) > 1800
-    failed = docker.run(
-        "run", "--rm", OFFLINE, "--storage-opt", "size=x", "base:1", "true", check=False
-    )
-    assert b"size" in failed.stderr
-
-
-@pytest.mark.timeout(600)
-def test_fifty_containers_at_once(docker):
-    running = [
-        docker.background("run", "--rm", OFFLINE, "base:1", "sh", "-c", f"echo {n} > /n; cat /n")
-        for n in range(50)
-    ]
-    said = [process.communicate()[0].decode().strip() for process in running]
-    assert said == [str(n) for n in range(50)]
-    assert docker("ps", "-aq") == ""
-    eventually(lambda: docker.driver.mounted() == set())
-    eventually(lambda: docker.driver.status()["Deferred Deleted Device Count"] == "0")
-
-
-def test_push_and_pull(docker, require, tmp_path):
-    require("registry")
-    registry = shutil.which("docker-registry")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    (tmp_path / "registry.yml").write_text(
-        f"version: 0.1\nstorage:\n  filesystem:\n    rootdirectory: {tmp_path}/registry\n"
-        f"http:\n  addr: 127.0.0.1:{port}\n"
-    )
-    name = f"127.0.0.1:{port}/pushed:1"
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [registry, "serve", str(tmp_path / "registry.yml")], stdout=log, stderr=log
-        )
-    try:
-        for _ in range(100):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                break
-            time.sleep(0.1)
-        docker("run", "--name", "pushed", OFFLINE, "base:1", "sh", "-c", "echo pushed > /pushed")
-        docker("commit", "pushed", name)
-        docker("rm", "pushed")
-        before = docker("inspect", "-f", "{{.RootFS.Layers}}", name)
-        docker("push", name)
-        docker("rmi", name)
-        docker("pull", name)
-        assert docker("inspect", "-f", "{{.RootFS.Layers}}", name) == before
-        assert docker("run", "--rm", OFFLINE, name, "cat", "/pushed") == "pushed"
-        docker("rmi", name)
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def test_commit_without_a_pause(docker, container):
-    docker("exec", container, "sh", "-c", "echo kept > /kept")
-    docker("commit", "--pause=false", container, "unpaused:1")
-    assert docker("run", "--rm", OFFLINE, "unpaused:1", "cat", "/kept") == "kept"
-    docker("rmi", "unpaused:1")
 
 
 @pytest.mark.parametrize("propagation", ["rslave", "rshared"])
@@ -230,8 +100,8 @@ def test_container_that_sees_the_host_holds_no_other(docker, propagation, contai
         undo = ["true"]
     try:
         docker(
-            "run", "-d", OFFLINE, "--name", "sees", "-v", f"/:/host:{propagation}",
-            "base:1", "sleep", "600",
+            "run", "-d", "--stop-timeout=1", OFFLINE, "--name", "sees",
+            "-v", f"/:/host:{propagation}", "base:1", "sleep", "600",
         )  # fmt: skip
         docker("run", "--rm", OFFLINE, "base:1", "true")
         docker("rm", "-f", container)
@@ -295,6 +165,103 @@ def test_live_restore_keeps_containers_over_restarts_of_both(docker, container):
     docker("kill", container)
     docker.stop()
     docker.start()
+
+
+DEEPEST = 125
+"""Layers, in Docker's own store: it refuses more whatever the storage driver."""
+
+
+def test_image_as_deep_as_docker_allows_builds_and_runs(docker, tmp_path):
+    def small(number):
+        return tar_of({f"layer{number}": b"%d" % number})
+
+    layers = [root_tar(), *(small(number) for number in range(1, DEEPEST - 1))]
+    docker.run("load", stdin=image_archive("deep:1", layers))
+    (tmp_path / "Dockerfile").write_text("FROM deep:1\nRUN cat /layer1 /layer123 > /both\n")
+    docker("build", OFFLINE, "--force-rm", "-t", "deep:2", str(tmp_path))
+    assert len(json.loads(docker("inspect", "deep:2"))[0]["RootFS"]["Layers"]) == DEEPEST
+    assert docker("run", "--rm", OFFLINE, "deep:2", "cat", "/both") == "1123"
+    (tmp_path / "Dockerfile").write_text("FROM deep:2\nRUN echo > /more\n")
+    failed = docker.run("build", OFFLINE, "--force-rm", str(tmp_path), check=False)
+    assert b"max depth exceeded" in failed.stdout + failed.stderr
+    docker("rmi", "deep:1", "deep:2")
+
+
+def test_selinux_that_the_kernel_lacks(docker, container):
+    """The daemon says so and sends no labels; one that came all the same is refused by name."""
+    docker.stop()
+    docker.start("--selinux-enabled")
+    assert docker("run", "--rm", OFFLINE, "base:1", "echo", "fine") == "fine"
+    if not Path("/sys/fs/selinux/enforce").exists():
+        label = "system_u:object_r:container_file_t:s0:c1,c2"
+        layer = docker.layer_of(container)
+        with pytest.raises(RefusedError, match="this kernel has no SELinux"):
+            docker.driver.call("GraphDriver.Get", ID=layer, MountLabel=label)
+    docker.stop()
+    docker.start()
+
+
+SUBORDINATE = """
+mount --bind "$0/subuid" /etc/subuid && mount --bind "$0/subgid" /etc/subgid && exec "$@"
+"""
+
+
+def test_remapped_users_are_refused_with_the_reason(docker, tmp_path):
+    """In a mount namespace in which a user has subordinate ids."""
+    for name in ("subuid", "subgid"):
+        (tmp_path / name).write_text("daemon:100000:65536\n")
+    folder = Path(tempfile.mkdtemp(prefix="tpu-"))
+    folder.chmod(0o711)  # the remapped root must get to its folder
+    other = Dockerd(folder, docker.storage)
+    docker.stop()
+    try:
+        said = other.starts_not(
+            "--userns-remap=daemon",
+            within=["unshare", "-m", "sh", "-c", SUBORDINATE, str(tmp_path)],
+        )
+    finally:
+        docker.start()
+        other.close()
+        shutil.rmtree(folder, ignore_errors=True)
+    assert "user-namespace remapping (userns-remap) is not supported" in said
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("when_full", ["error", "queue"])
+def test_pool_that_fills_under_a_pull(docker, when_full, rng):
+    """An error that says what it is; nothing else suffers; there is room once an image is gone."""
+    name = f"tp{secrets.token_hex(4)}"
+    folder = Path(tempfile.mkdtemp(prefix="d-", dir=Path(os.environ["THINPOOL_RUN"]).parent))
+    settings = {"size": 192 * MIB, "min_free": 0, "when_full": when_full}
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        driver = stack.enter_context(
+            a_driver(name=name, socket=PLUGINS / f"{name}.sock", patience_ms=2000, **settings)
+        )
+        small = Dockerd(folder, name)
+        stack.callback(small.close)
+        small.start()
+
+        def load(reference, mebibytes):
+            content = tar_of({reference: rng.randbytes(mebibytes * MIB)})
+            return small.run("load", stdin=image_archive(f"{reference}:1", [content]), check=False)
+
+        small.run("import", "-", "base:1", stdin=root_tar())
+        small("run", "-d", "--stop-timeout=1", OFFLINE, "--name", "alive", "base:1", "sleep", "600")
+        assert load("ballast", 60).returncode == 0
+        layers = driver.volumes()
+        failed = load("large", 200)
+        assert failed.returncode != 0
+        assert b"full" in failed.stdout + failed.stderr
+        eventually(lambda: driver.volumes() == layers)
+        assert "large" not in small("images")
+        assert driver.status()["Pool Mode"] == "rw"
+        assert small("exec", "alive", "sh", "-c", "echo alive > /f; cat /f") == "alive"
+        small("rmi", "ballast:1")
+        again = load("next", 100)
+        assert again.returncode == 0, again.stderr
+        assert small("exec", "alive", "cat", "/f") == "alive"
+        assert driver.api.check("p").clean
 
 
 def test_nothing_is_left_at_the_end(docker, require):

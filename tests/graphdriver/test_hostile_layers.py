@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 
 import pytest
@@ -36,6 +37,18 @@ def corpus(canary):
             found[f"{kind} through {target!r}"] = member(tar, kind, b"pivot/victim").end()
     for name in WHITEOUTS:
         found[f"whiteout {name!r}"] = Tar().file(name.replace(b"%(canary)s", at)).end()
+    for number, first in enumerate(KINDS):
+        second = KINDS[(number + 4) % len(KINDS)]
+        tar = member(member(Tar(), first, b"twice"), second, b"twice")
+        found[f"{first} and {second} of one name"] = tar.file(b"after", b"x").end()
+    for kind, name in ((b"3", "character device"), (b"4", "block device"), (b"6", "fifo")):
+        over = Tar().file(b"victim", b"mine").add(b"victim", kind=kind, device=(1, 3))
+        found[f"{name} over a file and back"] = over.file(b"victim", b"pwned").end()
+        found[f"{name} below the lower layer's file"] = (
+            Tar().add(b"victim", kind=kind, device=(8, 0)).file(b"victim/x", b"pwned").end()
+        )
+    found["gzip bomb"] = gzip.compress(bytes(64 << 20))
+    found["gzip of a tar"] = gzip.compress(Tar().file(b"f", b"x").end())
     found |= {f"lie {name}": data for name, data in LIES.items()}
     return found
 

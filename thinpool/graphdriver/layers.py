@@ -52,6 +52,7 @@ _TRASH: Final = "removed-layer-"
 _BUSY_S: Final = 3.0
 _BUSY_STEP_S: Final = 0.1
 _TIDY_S: Final = 5.0
+_SELINUX: Final = Path("/sys/fs/selinux/enforce")
 _LABEL: Final = re.compile(r"[A-Za-z0-9_.:,\-]+")
 
 
@@ -356,6 +357,12 @@ class Layers:
         if label:
             if not _LABEL.fullmatch(label):
                 raise errors.UsageError("MountLabel is no SELinux label", what="MountLabel")
+            if not _SELINUX.exists():
+                raise errors.UnsupportedHostError(
+                    f"{found} cannot be mounted with the label {label}: this kernel has no "
+                    "SELinux; start dockerd without --selinux-enabled",
+                    missing="selinux",
+                )
             options.append(f'context="{label}"')
         activation = volumes.activate(self.client, found.name, read_only=False, by_mount=True)
         if activation.device is None:
@@ -457,7 +464,7 @@ class Layers:
     # ---- filling and removing ---------------------------------------------------------------
 
     def apply(self, layer: str, parent: str | None, source: Source) -> int:
-        """Unpack a layer's tar into a layer; returns the bytes of file data in it.
+        """Unpack a layer's tar into a layer; returns the bytes of files and links in it.
 
         A layer that fails half way and is not mounted is removed: nobody will take it for whole.
 
@@ -485,7 +492,7 @@ class Layers:
         self._state.end_filling(layer)
         for note in done.notes:
             logger.info("layer %s: %s", layer, note)
-        return done.bytes_written
+        return done.bytes_written + done.link_bytes
 
     def _drop_half_filled(self, layer: str) -> None:
         if not self._state.count(layer):
