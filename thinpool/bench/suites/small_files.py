@@ -38,8 +38,8 @@ SLOW: Final = 3
 
 def run(context: Context) -> None:
     """Measure."""
-    count = context.size(FILES, 300)
-    shared = context.size(1_000, 50)
+    count = context.size(FILES, 100)
+    shared = context.size(1_000, 20)
 
     def ready(name: str, make: Callable[[], Store]) -> Store | None:
         context.say(f"making {name} ready")
@@ -52,14 +52,15 @@ def run(context: Context) -> None:
     quick = [store for store in stores if "fuse" not in store.name]
     slow = [store for store in stores if "fuse" in store.name]
     _small(context, quick, count, needs=100)
-    readers = [store for store in quick if not store.copies_at_creation]
-    with context.case(f"{READERS} containers read the same {shared} files", needs=60) as go:
+    sharing = [store for store in quick if not store.copies_at_creation]
+    readers = context.size(READERS, 3)
+    with context.case(f"{readers} containers read the same {shared} files", needs=60) as go:
         if go:
-            for _, store in in_turns(readers, context.options.repetitions):
-                took, memory = _read_shared(store, shared)
-                context.results.add("shared reads", store.name, "time", "s", took, readers=READERS)
+            for _, store in in_turns(sharing, context.options.repetitions):
+                took, memory = _read_shared(store, shared, readers)
+                context.results.add("shared reads", store.name, "time", "s", took, readers=readers)
                 context.results.add(
-                    "shared reads", store.name, "memory", "bytes", memory, readers=READERS
+                    "shared reads", store.name, "memory", "bytes", memory, readers=readers
                 )
     _small(context, slow, count, needs=40, most=SLOW)
 
@@ -144,10 +145,10 @@ def _delete(files: Sequence[str]) -> None:
         os.unlink(file)  # noqa: PTH108 - the call that is measured
 
 
-def _read_shared(store: Store, count: int) -> tuple[float, float]:
+def _read_shared(store: Store, count: int, readers: int) -> tuple[float, float]:
     """Seconds that all containers took together, and bytes of memory that it took."""
     with contextlib.ExitStack() as stack:
-        folders = [stack.enter_context(store.container("shared")) for _ in range(READERS)]
+        folders = [stack.enter_context(store.container("shared")) for _ in range(readers)]
         drop_caches()
         before = _free_memory()
         read = 0
@@ -157,7 +158,7 @@ def _read_shared(store: Store, count: int) -> tuple[float, float]:
                 read += len((folder / name).read_bytes())
         took = time.perf_counter() - begun
         memory = before - _free_memory()
-    _expect(read == READERS * count * SHARED, store)
+    _expect(read == readers * count * SHARED, store)
     return took, float(memory)
 
 
