@@ -9,7 +9,7 @@ Knows nothing of servers, stores or terminals.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Literal, NewType, Self
 
@@ -47,7 +47,8 @@ def parse_time(text: str) -> datetime:
 
 def _known(cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a dataclass that a document holds; the others were added after us."""
-    return {f.name: data[f.name] for f in fields(cls) if f.name in data}
+    # Not fields(): that makes a tuple anew at each call, and lists are long.
+    return {name: data[name] for name in cls.__dataclass_fields__ if name in data}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

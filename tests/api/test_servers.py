@@ -47,6 +47,39 @@ def test_many_clients_start_one_server(api, pool, root):
     assert len(pids) == 1
 
 
+def switches(pid):
+    """How often each thread of a process was given the processor."""
+    found = {}
+    for status in Path(f"/proc/{pid}/task").glob("*/status"):
+        lines = (line.partition(":") for line in status.read_text().splitlines())
+        found[status.parent.name] = [
+            int(value) for key, _, value in lines if key.endswith("voluntary_ctxt_switches")
+        ]
+    return found
+
+
+@pytest.mark.root
+@pytest.mark.fuse
+@pytest.mark.loop
+def test_a_server_at_rest_does_not_wake(root, monkeypatch):
+    """Not even to look whether it is still used, for what is active stays so until asked."""
+    monkeypatch.setenv("THINPOOL_LINGER", "0.5")
+    with Thinpool(root, timeout=20) as api:
+        api.create_pool("p", size=256 * MIB, base_size=0, min_free=0.0)
+        api.create("p/v", size=16 * MIB)
+        api.snapshot_many("p/v", ["p/a", "p/b", "p/c"], activate=True)
+        pids = (supervisor(root), api.status("p").server_pid)
+    time.sleep(3.0)  # what was begun comes to its end: commits, the copy of the names
+    before = [switches(pid) for pid in pids]
+    time.sleep(4.0)
+    assert [switches(pid) for pid in pids] == before
+    with Thinpool(root, timeout=20) as api:
+        assert api.status("p").server_pid == pids[1]
+        api.remove(["p/a", "p/b", "p/c"], deactivate=True)
+        wait_until(lambda: gone(pids[0]))  # used last now, and for its linger time
+        api.remove_pool("p")
+
+
 def test_worker_killed_under_raw_writes_loses_nothing(api, pool, rng):
     api.create("p/v", size=16 * MIB)
     model = bytearray(16 * MIB)

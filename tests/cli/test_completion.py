@@ -85,6 +85,18 @@ def test_damaged_or_strange_names_beside_a_pool_are_passed_over(root):
     assert complete(root, "thinpool activate ") == ["prod/base"]
 
 
+def test_changes_since_the_copy_are_proposed_too(root):
+    copy = root / "pools" / "q" / "metadata.names.json"
+    volumes = [{"id": number, "name": name} for number, name in enumerate(["one", "two"])]
+    copy.write_text(json.dumps({"copy": "t", "volumes": volumes}))
+    changes = copy.with_name(copy.name + ".changes")
+    lines = [{"copy": "t"}, {"put": [{"id": 2, "name": "three"}], "drop": [0]}]
+    changes.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"put": [{"na')
+    assert sorted(complete(root, "thinpool activate q/")) == ["q/three", "q/two"]
+    changes.write_text(changes.read_text().replace('"t"', '"u"'))
+    assert sorted(complete(root, "thinpool activate q/")) == ["q/one", "q/two"]
+
+
 def test_names_stand_beside_metadata_that_is_elsewhere(root, tmp_path):
     (root / "pools" / "q" / "metadata.names.json").unlink()
     (root / "pools" / "q" / "pool.json").write_text(json.dumps({"metadata": str(root / "m")}))

@@ -25,7 +25,7 @@ from thinpool.model import DataSpace, MetadataSpace, PoolStatus, Progress, forma
 from thinpool.names import parse_pool_name
 from thinpool.server.client import PoolClient, locked
 from thinpool.server.protocol import error_to_json
-from thinpool.store import poolfile
+from thinpool.store import namescopy, poolfile
 from thinpool.store.poolfile import PoolConfig
 
 if TYPE_CHECKING:
@@ -659,7 +659,9 @@ def remove_pool(session: Session, name: str) -> None:
         refuse_in_kernel(config)
         remove_directory(client.directory, config)
     if not config.owns_files:
-        Path(f"{config.metadata}.names.json").unlink(missing_ok=True)
+        copy = Path(f"{config.metadata}{namescopy.SUFFIX}")
+        for path in (namescopy.changes_path(copy), copy):
+            path.unlink(missing_ok=True)
     session.forget(name)
 
 

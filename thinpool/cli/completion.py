@@ -25,6 +25,7 @@ VARIABLE: Final = "_THINPOOL_COMPLETE"
 
 # The store's copy of a catalogue, written beside the metadata after each change (namescopy.py).
 COPY_SUFFIX: Final = ".names.json"
+CHANGES_SUFFIX: Final = ".changes"
 
 
 def script(shell: str) -> str:
@@ -84,13 +85,31 @@ def volumes(ctx: click.Context, incomplete: str) -> list[str]:
             if not copy.exists():  # the metadata is a file somewhere else
                 metadata = json.loads((directory / "pool.json").read_bytes())["metadata"]
                 copy = Path(f"{metadata}{COPY_SUFFIX}")
-            listed = json.loads(copy.read_bytes())["volumes"]
-            names = [str(volume["name"]) for volume in listed]
+            names = _names_in(copy)
         except (OSError, ValueError, KeyError, TypeError):
             continue
         valid = _chosen(names, "", parse_volume_name)
         found += [ref for name in valid if (ref := f"{pool}/{name}").startswith(incomplete)]
     return found
+
+
+def _names_in(copy: Path) -> list[str]:
+    """The names of a copy and of the changes since, which begin with the copy they belong to."""
+    import json
+
+    document = json.loads(copy.read_bytes())
+    listed = enumerate(document["volumes"])
+    names = {each.get("id", f"no {number}"): str(each["name"]) for number, each in listed}
+    try:
+        first, *lines = copy.with_name(copy.name + CHANGES_SUFFIX).read_bytes().splitlines()
+        if json.loads(first)["copy"] == document["copy"]:
+            for line in map(json.loads, lines):
+                names.update((volume["id"], str(volume["name"])) for volume in line["put"])
+                for gone in line["drop"]:
+                    names.pop(gone, None)
+    except (OSError, ValueError, KeyError, TypeError):  # none, or one that is being written
+        pass
+    return list(names.values())
 
 
 def _chosen(names: Iterable[str], incomplete: str, parse: Callable[[str], str]) -> list[str]:

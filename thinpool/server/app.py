@@ -114,6 +114,7 @@ class App:
         self._used_at = time.monotonic()
         self._stop = stopping
         self._finished = asyncio.Event()
+        self._used = asyncio.Event()
         self._linger = linger
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -168,8 +169,10 @@ class App:
             thread.join(_END_S)
 
     async def _until_unused(self) -> None:
-        """Sleeps through: at rest it looks once in a linger time, and is woken for nothing else."""
-        ends = [asyncio.ensure_future(event.wait()) for event in (self._stop, self._finished)]
+        """Looks once in a linger time; while volumes are active and nothing else, not at all."""
+        ends: list[asyncio.Future[Any]] = [
+            asyncio.ensure_future(event.wait()) for event in (self._stop, self._finished)
+        ]
         while not self._ending:
             unused = time.monotonic() - self._used_at
             if self._in_use or unused < self._linger:
@@ -179,13 +182,21 @@ class App:
                 )
                 continue
             used_at = self._used_at
+            self._used.clear()
             if await self._blocking(lambda: self._service.busy):
+                if await self._blocking(lambda: self._service.busy_until_asked):
+                    await self._until_used(ends)
                 self._used_at = time.monotonic()
             elif not self._in_use and self._used_at == used_at:
                 # Nothing came in between: from here on requests are sent to the next server.
                 self._finished.set()
         for each in ends:
             each.cancel()
+
+    async def _until_used(self, ends: Sequence[asyncio.Future[Any]]) -> None:
+        used: asyncio.Future[Any] = asyncio.ensure_future(self._used.wait())
+        await asyncio.wait([*ends, used], return_when=asyncio.FIRST_COMPLETED)
+        used.cancel()
 
     @property
     def _ending(self) -> bool:
@@ -202,6 +213,7 @@ class App:
         finally:
             self._in_use -= 1
             self._used_at = time.monotonic()
+            self._used.set()
 
     # ---- connections ------------------------------------------------------------------------
 

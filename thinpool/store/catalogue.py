@@ -95,6 +95,17 @@ CREATE TABLE requests (
 ) STRICT;
 """
 
+_CHANGED: Final = """
+CREATE TEMP TABLE changed (id INTEGER NOT NULL);
+CREATE TEMP TRIGGER volume_inserted AFTER INSERT ON main.volumes
+BEGIN INSERT INTO changed VALUES (new.id); END;
+CREATE TEMP TRIGGER volume_updated AFTER UPDATE ON main.volumes
+BEGIN INSERT INTO changed VALUES (new.id); END;
+CREATE TEMP TRIGGER volume_deleted AFTER DELETE ON main.volumes
+BEGIN INSERT INTO changed VALUES (old.id); END;
+"""
+"""Which rows changed since that was asked last. In memory, and undone with what is undone."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
@@ -232,6 +243,8 @@ class Catalogue:
             else:
                 self.is_new = False
             self._db.execute("CREATE INDEX IF NOT EXISTS requests_by_age ON requests (made)")
+            self._db.execute("PRAGMA temp_store = MEMORY")
+            self._db.executescript(_CHANGED)
             self._reserve()
         except sqlite3.Error as cause:
             raise errors.CorruptMetadataError(
@@ -360,11 +373,27 @@ class Catalogue:
         rows = self._rows(f"SELECT * FROM volumes WHERE {where} ORDER BY id", values)  # noqa: S608 - text of our own
         return [_record(row) for row in rows]
 
+    def states(self) -> dict[VolumeId, str]:
+        """The states of all, by their ids and in their order."""
+        rows = self._rows("SELECT id, state FROM volumes ORDER BY id")
+        return {VolumeId(row["id"]): row["state"] for row in rows}
+
     def count(self, *states: str) -> int:
         """How many are in some states."""
+        if READY in states:  # the many: those of the few other states are counted instead
+            others = {BUILDING, DELETING, MISSING}.difference(states)
+            everything = self._rows("SELECT count(*) AS n FROM volumes")[0]["n"]
+            return int(everything) - (self.count(*sorted(others)) if others else 0)
         where, values = _of_states(states)
         rows = self._rows(f"SELECT count(*) AS n FROM volumes WHERE {where}", values)  # noqa: S608 - text of our own
         return int(rows[0]["n"])
+
+    def take_changed(self) -> list[VolumeId]:
+        """The ids of the rows that were added, changed or dropped since this was asked last."""
+        with self.transaction(durable=False) as db:
+            found = [VolumeId(row["id"]) for row in db.execute("SELECT DISTINCT id FROM changed")]
+            db.execute("DELETE FROM changed")
+        return found
 
     def by_label(self, key: str, value: str) -> list[Record]:
         """Ready ones with a label."""

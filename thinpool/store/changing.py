@@ -54,7 +54,7 @@ class Changing(PoolCore):
                     record = self._catalogue.update(record, name=new)
                     if caller.request is not None:
                         self._catalogue.put_request(caller.request, "rename", [record.id])
-                self._copy_due.set()
+                self._names_changed()
             if self._catalogue.activation(record.id) is not None:
                 self._devices.renamed(name, record)
         return self._volume(record)
@@ -68,7 +68,7 @@ class Changing(PoolCore):
             merged: dict[str, str | None] = {**record.labels, **labels}
             kept = {key: value for key, value in merged.items() if value is not None}
             record = self._catalogue.update(record, labels=kept)
-            self._copy_due.set()
+            self._names_changed()
         return self._volume(record)
 
     def resize(
@@ -100,7 +100,7 @@ class Changing(PoolCore):
             self._resize_open(record, size)
             record = self._catalogue.update(record, size=size)
             self._devices.resized(record)
-            self._copy_due.set()
+            self._names_changed()
         return self._volume(record)
 
     def _resize_open(self, record: Record, size: int) -> None:
@@ -152,6 +152,7 @@ class Changing(PoolCore):
                 error=config.when_full == "error", timeout_ms=config.no_space_timeout_ms
             )
             self._apply_low_water()
+        self._wake.set()
         return self.status()
 
     def extend(

@@ -134,10 +134,10 @@ class PoolCore:
         self._locks = VolumeLocks()
         self._stop = threading.Event()
         self._copy_due = threading.Event()
+        self._wake = threading.Event()
         self._background: threading.Thread | None = None
         self._leases: dict[str, float] = {}
         self._readers = 0
-        self._backlog = 0
         self._said: dict[str, str] = {}
         self._lease_lock = threading.Lock()
         self.findings: list[Finding] = []
@@ -150,6 +150,13 @@ class PoolCore:
         with self._lease_lock:
             leased = bool(self._leases)
         return leased or len(self._volumes) > 0 or bool(self._catalogue.activations())
+
+    @property
+    def busy_until_asked(self) -> bool:
+        """Volumes are active, and stay so until somebody asks for something."""
+        with self._lease_lock:
+            leased = bool(self._leases)
+        return not leased and len(self._volumes) == 0 and bool(self._catalogue.activations())
 
     @property
     def config(self) -> PoolConfig:
@@ -381,13 +388,18 @@ class PoolCore:
         reached("applied")
         self._catalogue.complete_intent(intent)
         reached("recorded")
-        self._copy_due.set()
+        self._names_changed()
 
     def _apply_low_water(self) -> None:
         status = self._pool.status()
         total = status.data_blocks_total * status.data_block_size
         blocks = self._config.low_water_bytes(total) // status.data_block_size
         self._pool.set_low_water(blocks)
+
+    def _names_changed(self) -> None:
+        """Have the background copy the names."""
+        self._copy_due.set()
+        self._wake.set()
 
     def _done_before(self, caller: Caller) -> list[VolumeId] | None:
         return self._catalogue.request(caller.request) if caller.request is not None else None
@@ -450,7 +462,7 @@ class PoolCore:
             if request is not None:
                 self._catalogue.put_request(request, "remove", [])
         reached("removal-decided")
-        self._copy_due.set()
+        self._names_changed()
         return marked
 
     # ---- taking down ------------------------------------------------------------------------

@@ -34,12 +34,14 @@ class Leases(PoolCore):
         with self._lease_lock:
             if lease in self._leases:
                 self._leases[lease] = time.monotonic() + BROKEN_LEASE_GRACE_S
+        self._wake.set()
 
     def close_lease(self, lease: str) -> None:
         """Remove what is still unfinished under it."""
         with self._lease_lock:
             self._leases.pop(lease, None)
         self._clean_lease(lease)
+        self._wake.set()  # for what was in use
 
     def _expire_leases(self) -> None:
         now = time.monotonic()

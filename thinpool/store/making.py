@@ -397,7 +397,7 @@ class Making(Leases):
                     self._catalogue.put_request(
                         caller.request, "publish", [record.id for record in records]
                     )
-            self._copy_due.set()
+            self._names_changed()
         return [self._volume(record) for record in records]
 
     def seal(self, name: str, *, lease: str, caller: Caller = ANYONE) -> Volume:

@@ -33,7 +33,7 @@ from thinpool.store.catalogue import BUILDING, DELETING, MISSING, READY, Record
 from thinpool.store.crashpoint import reached
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from thinpool.engine import PoolBackend, VolumeInfo
     from thinpool.model import VolumeId
@@ -47,7 +47,7 @@ def reconcile(
     catalogue: Catalogue,
     pool: PoolBackend,
     *,
-    known: Mapping[VolumeId, Record] | None = None,
+    known: Callable[[], Mapping[VolumeId, Record]] | None = None,
 ) -> list[Finding]:
     """Mend the catalogue so that it tells the pool's truth.
 
@@ -56,7 +56,7 @@ def reconcile(
     Args:
         catalogue: of the pool.
         pool: open.
-        known: what a copy of the names says of volumes that the catalogue lacks.
+        known: tells what a copy of the names says; asked when the catalogue lacks volumes.
 
     Returns:
         What was found and mended, or remains wrong.
@@ -79,12 +79,12 @@ def reconcile(
                 )
             )
         in_pool = {info.id: info for info in pool.volumes()}
-        _settle_missing(catalogue, in_pool, findings)
-        strangers = [info for info in in_pool.values() if catalogue.by_id(info.id) is None]
+        states = catalogue.states()
+        _settle_missing(catalogue, states, in_pool, findings)
+        strangers = [info for info in in_pool.values() if info.id not in states]
     # Looking at strangers reads the disk: not within a transaction of the catalogue.
-    adopted = [
-        _adopt(catalogue, pool, info, status.data_block_size, known or {}) for info in strangers
-    ]
+    names = known() if known is not None and strangers else {}
+    adopted = [_adopt(catalogue, pool, info, status.data_block_size, names) for info in strangers]
     with catalogue.transaction():
         for record, finding in sorted(adopted, key=lambda each: each[0].id):
             parent = record.parent
@@ -185,15 +185,22 @@ def _mend(half: _Half, intent: Intent, catalogue: Catalogue, pool: PoolBackend) 
 
 
 def _settle_missing(
-    catalogue: Catalogue, in_pool: Mapping[VolumeId, VolumeInfo], findings: list[Finding]
+    catalogue: Catalogue,
+    states: Mapping[VolumeId, str],
+    in_pool: Mapping[VolumeId, VolumeInfo],
+    findings: list[Finding],
 ) -> None:
-    for record in catalogue.records():
-        if record.id in in_pool:
-            if record.state == MISSING:
-                catalogue.update(record, state=READY)
-                findings.append(
-                    Finding(subject=record.name, state="note", message="is in the pool again")
-                )
+    for volume_id, state in states.items():
+        if volume_id in in_pool and state != MISSING:
+            continue  # as nearly all are: they are not even read
+        record = catalogue.by_id(volume_id)
+        if record is None:
+            continue
+        if volume_id in in_pool:
+            catalogue.update(record, state=READY)
+            findings.append(
+                Finding(subject=record.name, state="note", message="is in the pool again")
+            )
             continue
         catalogue.delete_activations([record.id])
         if record.state in {BUILDING, DELETING}:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from thinpool import errors
+from thinpool.host.failures import failure
 from thinpool.model import (
     Finding,
     PoolStatus,
@@ -28,20 +29,20 @@ from thinpool.store.changing import Changing
 from thinpool.store.core import DEFAULT_TIMEOUT_S
 from thinpool.store.leases import LEASE_GRACE_S
 from thinpool.store.making import Making
-from thinpool.store.namescopy import copy_path, find_copy, read_copy, write_copy
+from thinpool.store.namescopy import NamesCopy, copy_path, find_copy, read_copy
 from thinpool.store.reconcile import FINDINGS, reconcile
 from thinpool.store.using import Using
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from thinpool.model import VolumeId
+    from thinpool.store.catalogue import Record
+
 logger = logging.getLogger(__name__)
 
 _REST_S: Final = 1.0
 _BURST_S: Final = 0.25
-_PUNCH_BLOCKS: Final = 256
-_PUNCH_EVERY_S: Final = 0.05
-"""With blocks of 64 KiB, 320 MiB/s: quick, and not in the way of those who work."""
 
 
 class PoolService(Making, Changing, Using):
@@ -52,9 +53,7 @@ class PoolService(Making, Changing, Using):
     def start(self) -> None:
         """Mend what was left; what was active is served again already."""
         self._devices.sweep()
-        known = read_copy(find_copy(self._config, self._directory))
-        names = known[1] if known is not None and self._is_ours(known[0]) else {}
-        self.findings = reconcile(self._catalogue, self._pool, known=names)
+        self.findings = reconcile(self._catalogue, self._pool, known=self._names_copied)
         for finding in self.findings:
             logger.warning("reconciled %s: %s", finding.subject, finding.message)
         self._drop_stale_metadata_snapshot()
@@ -64,9 +63,15 @@ class PoolService(Making, Changing, Using):
         with self._lease_lock:
             for record in self._catalogue.records(BUILDING):
                 self._leases[record.lease or ""] = now + LEASE_GRACE_S
+        self._copy = NamesCopy(copy_path(self._config, self._directory), self._catalogue)
         self._background = threading.Thread(target=self._work, name="store", daemon=True)
         self._background.start()
-        self._copy_due.set()
+        self._names_changed()
+
+    def _names_copied(self) -> Mapping[VolumeId, Record]:
+        """What the copy of the names says, if it is this pool's."""
+        known = read_copy(find_copy(self._config, self._directory))
+        return known[1] if known is not None and self._is_ours(known[0]) else {}
 
     def _is_ours(self, document: Mapping[str, Any]) -> bool:
         """A copy of names belongs to this pool, or to one that was attached under another uuid."""
@@ -75,10 +80,10 @@ class PoolService(Making, Changing, Using):
     def close(self) -> None:
         """End the background work and close the catalogue. The pool stays the caller's."""
         self._stop.set()
-        self._copy_due.set()
+        self._wake.set()
         if self._background is not None:
             self._background.join()
-        self._write_copy()
+            self._safely("the copy of the names", lambda: self._write_copy(whole=True))
         if not self._catalogue.activations():
             self._devices.forget()
         self._volumes.close()
@@ -87,20 +92,35 @@ class PoolService(Making, Changing, Using):
     # ---- the background ---------------------------------------------------------------------
 
     def _work(self) -> None:
-        again_at = 0.0
+        """Sleeps until something was changed; looks around meanwhile where something is unfinished.
+
+        Host space under freed blocks is returned by the engine itself.
+        """
+        unfinished = True
         while not self._stop.is_set():
-            if self._copy_due.wait(_PUNCH_EVERY_S if self._backlog else _REST_S):
-                self._copy_due.clear()
+            self._wake.wait(_REST_S if unfinished else None)
+            self._wake.clear()
+            if self._copy_due.is_set():
                 if self._stop.wait(_BURST_S):  # changes come in bursts: one copy for all
                     break
+                self._copy_due.clear()
                 self._safely("the copy of the names", self._write_copy)
-            self._safely("returning space to the host", self._punch)
-            now = time.monotonic()
-            if now >= again_at:
-                again_at = now + _REST_S
-                self._safely("unfinished work of ended clients", self._expire_leases)
-                self._safely("growing the pool", self._autoextend)
-                self._safely("unfinished removals", self._finish_removals)
+            self._safely("unfinished work of ended clients", self._expire_leases)
+            self._safely("growing the pool", self._autoextend)
+            self._safely("unfinished removals", self._finish_removals)
+            unfinished = self._is_unfinished()
+
+    def _is_unfinished(self) -> bool:
+        """Something is to be done that nobody will ask for."""
+        if self._config.autoextend_threshold > 0 or self._copy_due.is_set():
+            return True
+        with self._lease_lock:
+            held = set(self._leases)
+            if any(until != float("inf") for until in self._leases.values()):
+                return True
+        if self._catalogue.count(DELETING):
+            return True
+        return any(record.lease not in held for record in self._catalogue.records(BUILDING))
 
     def _safely(self, what: str, step: Callable[[], None]) -> None:
         """The background goes on whatever one step meets; the next round tries again."""
@@ -115,16 +135,12 @@ class PoolService(Making, Changing, Using):
         else:
             self._said.pop(what, None)
 
-    def _write_copy(self) -> None:
+    def _write_copy(self, *, whole: bool = False) -> None:
         try:
-            write_copy(copy_path(self._config, self._directory), self._catalogue, self._config)
-        except OSError as error:
-            logger.warning("the copy of the names could not be written: %s", error)
-
-    def _punch(self) -> None:
-        self._backlog = self._pool.status().punch_backlog
-        if self._backlog:
-            self._backlog = self._pool.punch_some(_PUNCH_BLOCKS)
+            self._copy.write(self._config, whole=whole)
+        except OSError as cause:
+            self._copy_due.set()  # the next round tries again
+            raise failure(cause, "the copy of the names could not be written") from cause
 
     def _autoextend(self) -> None:
         with self._lock.hold(timeout=DEFAULT_TIMEOUT_S):
