@@ -9,7 +9,7 @@ Invariants:
   a crash fell on.
 - ``name`` is unique; what is being built or removed has a name that nobody can type.
 - Every write is one transaction, durable on return (WAL with synchronous=FULL), but for those of
-  activations, which a power cut ends in any case.
+  activations, which a power cut ends in any case, and of results, whose intents are durable.
 - Writing needs no new space of the host's disk, which the pool's data may have filled: the log is
   made long enough at open and begun anew before its end, and the file holds free pages. So what
   fills the disk can always be removed.
@@ -542,8 +542,12 @@ class Catalogue:
             )
 
     def complete_intent(self, intent: Intent) -> None:
-        """Record that it was done, with its result, in one transaction."""
-        with self.transaction() as db:
+        """Record that it was done, with its result, in one transaction.
+
+        A power cut may take it: the intent stands again then, the pool is at its new transaction,
+        and the next open records the result. What is written later takes it along to the disk.
+        """
+        with self.transaction(durable=False) as db:
             for volume_id in intent.delete:
                 self.delete(volume_id)
             for record in intent.insert:
