@@ -369,8 +369,8 @@ int tp_md_has_room(const struct tp_metadata *md, bool into_reserve)
 int tp_md_has_room_for(const struct tp_metadata *md, uint64_t n, bool into_reserve)
 {
 	/* A shared leaf's blocks are all counted once more when one of its mappings changes. */
-	uint64_t worst = CHANGE_BLOCKS + counting_blocks(md, TP_NODE_MAX_ENTRIES(8)) +
-			 series_blocks(md, n);
+	uint64_t worst =
+		CHANGE_BLOCKS + counting_blocks(md, TP_NODE_MAX_ENTRIES(8)) + series_blocks(md, n);
 	uint64_t keep = tp_md_reserve(md) + series_blocks(md, n);
 
 	/* The kernel's reserve is a tenth; on a tiny device that is less than one change needs. */
