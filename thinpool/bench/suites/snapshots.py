@@ -63,6 +63,9 @@ def run(context: Context) -> None:
         ):
             if go:
                 _populated(context, place, image, count)
+    with context.place.part("at-once") as place, context.case("100 at once", needs=30) as go:
+        if go:
+            _at_once(context, place, image)
     with context.place.part("api") as place:
         api = _pool(place)
         made = 0
@@ -74,9 +77,6 @@ def run(context: Context) -> None:
                     _populate(api, made, count)
                     made = count
                     _through_api(context, api, place.folder / "mnt", count)
-    with context.place.part("at-once") as place, context.case("100 at once", needs=30) as go:
-        if go:
-            _at_once(context, place, image)
 
 
 # ---- the engine -------------------------------------------------------------------------------
