@@ -230,8 +230,6 @@ def run_item(item: pytest.Item, nextitem: pytest.Item | None) -> None:
         report.nodeid = item.nodeid
         if isinstance(report.longrepr, list):  # of a skip: JSON has no tuples
             report.longrepr = tuple(report.longrepr)
-        if report.failed:
-            report.sections.append(("the guest's output", outcome.tail))
         hook.pytest_runtest_logreport(report=report)
     if not _is_whole(reports):
         missing = pytest.TestReport(
