@@ -8,8 +8,8 @@ refused a table, is quoted.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
-import fcntl
 import os
 import stat
 from typing import TYPE_CHECKING, Final, Self
@@ -30,6 +30,9 @@ _FIRST_BUFFER: Final = 4096
 _LOG_PREFIX: Final = "device-mapper:"
 _LOG_RECORD: Final = 8192
 _LOG_RECORDS_MAX: Final = 4096
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
 
 _KINDS: Final[Mapping[int, type[errors.ThinpoolError]]] = {
     errno.ENXIO: errors.NotFoundError,
@@ -86,6 +89,21 @@ def as_kind(
     return kind(f"{said} ({command.name}: {os.strerror(number)})", **carried)
 
 
+def _ioctl(fd: int, command: abi.Command, buffer: bytearray) -> None:
+    """Send a command in a buffer that the answer replaces.
+
+    Not fcntl.ioctl, which with more than 1 KiB keeps the interpreter's lock: a command may wait in
+    the kernel for what another thread of ours has yet to do.
+
+    Raises:
+        OSError: as the kernel gave it.
+    """
+    area = (ctypes.c_char * len(buffer)).from_buffer(buffer)
+    if _libc.ioctl(fd, command, ctypes.byref(area)) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
 class Control:
     """An open control device. Thread-safe: each command has a buffer of its own."""
 
@@ -130,7 +148,7 @@ class Control:
                 target_count=target_count,
             )  # fmt: skip
             try:
-                fcntl.ioctl(fd, command, buffer)
+                _ioctl(fd, command, buffer)
             except InterruptedError:
                 continue  # a signal for whichever thread; a handler that raises ends this
             header = abi.unpack_header(buffer)
