@@ -31,7 +31,7 @@ from thinpool.host import loop
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = [pytest.mark.dm, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.dm, pytest.mark.timeout(120)]
 
 BLKDISCARD = 0x1277
 SECTORS = BLOCK // SECTOR
