@@ -223,6 +223,19 @@ def test_metadata_of_a_hard_links_member_is_every_names(root):
     assert os.getxattr(root / "third", "security.capability") == capability
 
 
+def test_zeros_become_holes_where_asked_for(root, rng):
+    """Wherever they begin and end; the content is the same."""
+    for number in range(30):
+        parts = [rng.choice([bytes, rng.randbytes])(rng.randrange(20_000)) for _ in range(6)]
+        data = b"".join(parts)
+        made = extract(root, Tar().file(b"f%d" % number, data).end(), holes=True)
+        assert (root / f"f{number}").read_bytes() == data
+        assert made.bytes_written == len(data)
+    extract(root, Tar().file(b"zeros", bytes(1 << 20)).file(b"e", b"").end(), holes=True)
+    found = (root / "zeros").stat()
+    assert (found.st_size, found.st_blocks) == (1 << 20, 0)
+
+
 def test_implied_directories_have_a_plain_mode(root):
     """0755 whatever the umask."""
     before = os.umask(0o077)

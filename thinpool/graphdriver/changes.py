@@ -180,13 +180,15 @@ def diff_size(layers: Layers, layer: str, parent: str | None) -> int:
 def diff(layers: Layers, layer: str, parent: str | None) -> Iterator[bytes]:
     """The pieces of a layer's tar; what it needs is taken down when the iterator is closed.
 
+    Holes are zeros in it: Docker cannot put an image together again that has sparse files.
+
     Raises:
         NotFoundError: there is no such layer.
         StorageIOError: a tree cannot be read.
     """
     with _sides(layers, layer, parent) as sides:
         if parent is None:
-            yield from iter_tar(sides.after)
+            yield from iter_tar(sides.after, sparse=False)
         else:
             yield from iter_layer(
                 sides.before,
@@ -194,6 +196,7 @@ def diff(layers: Layers, layer: str, parent: str | None) -> Iterator[bytes]:
                 related=True,
                 parted_ns=sides.parted_ns,
                 within=sides.within,
+                sparse=False,
             )
 
 

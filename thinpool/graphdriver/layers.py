@@ -478,7 +478,7 @@ class Layers:
         self._state.begin_filling(layer)
         try:
             with self.reached(found) as root:
-                extractor = Extractor(root, best_effort_xattrs=True)
+                extractor = Extractor(root, best_effort_xattrs=True, holes=True)
                 done = extractor.apply(source, archive=f"layer {layer:.12}", need_end=False)
         except BaseException as error:
             failed = isinstance(error, (errors.StorageIOError, errors.ReadOnlyError, OSError))

@@ -111,6 +111,7 @@ def iter_layer(
     related: bool = False,
     parted_ns: int | None = None,
     within: Container[int] | None = None,
+    sparse: bool = True,
     note: Callable[[str], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[bytes]:
@@ -126,13 +127,14 @@ def iter_layer(
         related: see :func:`iter_changes`.
         parted_ns: likewise.
         within: likewise.
+        sparse: see :func:`~thinpool.oci.export.iter_tar`.
         note: told what is left out, a line each.
         progress: told the bytes of file data read.
 
     Raises:
         StorageIOError, NotPermittedError: a tree cannot be read.
     """
-    writer = TarWriter(note=note, progress=progress)
+    writer = TarWriter(sparse=sparse, note=note, progress=progress)
     walk = _Comparison(
         before_fd,
         after_fd,

@@ -76,6 +76,7 @@ _RESOLVE: Final = (
 )
 _OPEN_PATH: Final = os.O_PATH | os.O_DIRECTORY
 _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_ZEROS: Final = bytes(4096)
 _NAMESPACES: Final = (b"user.", b"trusted.", b"security.", b"system.")  # of xattr(7)
 _DEFAULT_ACL: Final = b"system.posix_acl_default"
 _DEVICE_KINDS: Final = {
@@ -222,6 +223,7 @@ class Extractor:
         ignore_ownership: bool = False,
         best_effort_xattrs: bool = False,
         whiteouts: bool = True,
+        holes: bool = False,
         written: Callable[[int], None] | None = None,
     ) -> None:
         """Prepare to write below a directory.
@@ -233,6 +235,7 @@ class Extractor:
                 for callers that are not root.
             best_effort_xattrs: leave out attributes that cannot be set, noting it.
             whiteouts: names in ``.wh.`` hide; False makes them names like others.
+            holes: leave holes in files where there are only zeros.
             written: called with the bytes of each piece written.
         """
         self._root_fd = root_fd
@@ -240,6 +243,7 @@ class Extractor:
         self._ignore_ownership = ignore_ownership
         self._best_effort_xattrs = best_effort_xattrs
         self._whiteouts = whiteouts
+        self._holes = holes
         self._written = written
         self._is_root = os.geteuid() == 0
         self._directories: OrderedDict[bytes, _Directory] = OrderedDict()
@@ -452,6 +456,9 @@ class Extractor:
         try:
             if member.sparse is not None:
                 self._sparse(member, fd)
+            elif member.size and self._holes:
+                self._reader.data(lambda piece: self._write_around_zeros(fd, piece))
+                os.ftruncate(fd, member.size)
             elif member.size:
                 self._reader.data(lambda piece: self._write(fd, piece))
             self._own(member, fd)
@@ -472,6 +479,21 @@ class Extractor:
         self._bytes += count
         if self._written is not None:
             self._written(count)
+
+    def _write_around_zeros(self, fd: int, piece: memoryview) -> None:
+        """Write a piece at the file's position but for its zeros, and go on behind it."""
+        start = at = 0  # before ``start`` all is done, up to ``at`` it is to be written
+        while at < len(piece):
+            end = min(at + len(_ZEROS), len(piece))
+            if not piece[at] and bytes(piece[at:end]) == _ZEROS[: end - at]:
+                if at > start:
+                    self._write(fd, piece[start:at])
+                os.lseek(fd, end - at, os.SEEK_CUR)
+                self._bytes += end - at
+                start = end
+            at = end
+        if at > start:
+            self._write(fd, piece[start:])
 
     def _sparse(self, member: tarformat.Member, fd: int) -> None:
         os.ftruncate(fd, member.size)
