@@ -16,6 +16,7 @@
 
 #define WINDOW_LEAVES 512u /* of each side */
 #define BATCH_NODES   512u
+#define SEEN_NODES    8u
 
 struct node_ref {
 	uint64_t key; /* its separator: no key in it or after it is below */
@@ -43,8 +44,16 @@ struct side {
 	bool ended; /* nothing more below the window's bound */
 };
 
+/* A node on the way down to the leaves: both sides pass the same ones, and come again to expand. */
+struct seen {
+	uint64_t block;
+	uint8_t data[TP_MD_BLOCK_SIZE];
+};
+
 struct tp_delta {
 	struct tp_walk_reader *reader;
+	struct seen seen[SEEN_NODES];
+	unsigned nr_seen; /* may go past SEEN_NODES: the oldest is replaced */
 	struct tp_delta_options options;
 	struct side left;
 	struct side right;
@@ -60,6 +69,25 @@ struct tp_delta {
 
 /* ---- expansion --------------------------------------------------------------------------- */
 
+static int read_node(struct tp_delta *delta, uint64_t block, uint8_t *data, struct tp_error *err)
+{
+	struct seen *seen;
+	int rc;
+
+	for (unsigned i = 0; i < SEEN_NODES && i < delta->nr_seen; i++)
+		if (delta->seen[i].block == block) {
+			memcpy(data, delta->seen[i].data, TP_MD_BLOCK_SIZE);
+			return 0;
+		}
+	rc = tp_walk_read(delta->reader, block, data, err);
+	if (rc)
+		return rc;
+	seen = &delta->seen[delta->nr_seen++ % SEEN_NODES];
+	seen->block = block;
+	memcpy(seen->data, data, TP_MD_BLOCK_SIZE);
+	return 0;
+}
+
 /* Levels below a root, along its first children. */
 static int find_height(struct tp_delta *delta, uint64_t block, unsigned *height_ret,
 		       struct tp_error *err)
@@ -68,7 +96,7 @@ static int find_height(struct tp_delta *delta, uint64_t block, unsigned *height_
 	struct tp_walk_node node;
 
 	for (unsigned height = 0; height < TP_WALK_LEVELS_MAX; height++) {
-		int rc = tp_walk_read(delta->reader, block, data, err);
+		int rc = read_node(delta, block, data, err);
 
 		if (!rc)
 			rc = tp_walk_node_load(data, block, TP_MAPPING_VALUE_SIZE, &node, err);
@@ -124,7 +152,12 @@ static int expand_batch(struct tp_delta *delta, const struct side *side, size_t 
 		return tp_fail(err, TP_E_NO_MEMORY, "no memory for %zu nodes", nr);
 	for (size_t i = 0; i < nr; i++)
 		blocks[i] = side->nodes[first + i].block;
-	rc = tp_walk_read_list(delta->reader, blocks, nr, slots, statuses, err);
+	if (nr == 1) {
+		statuses[0] = 0;
+		rc = read_node(delta, blocks[0], slots, err);
+	} else {
+		rc = tp_walk_read_list(delta->reader, blocks, nr, slots, statuses, err);
+	}
 	for (size_t i = 0; !rc && i < nr; i++) {
 		const struct node_ref *ref = &side->nodes[first + i];
 		uint8_t *data = slots + i * TP_MD_BLOCK_SIZE;

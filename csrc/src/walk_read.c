@@ -11,7 +11,9 @@
  *
  * The buffers are in huge pages: a read into them is few segments for the device, instead of one for
  * each page of 4 KiB, which doubles what a virtual disk gives. Large reads, many at a time, gain
- * until about 16 MiB are in flight.
+ * until about 16 MiB are in flight. Clearing a huge page takes longer than reading a hundred blocks,
+ * so that small sets have small buffers of their own, and more reads in flight, since single blocks
+ * cost the device time rather than bandwidth.
  */
 #include <errno.h>
 #include <liburing.h>
@@ -29,6 +31,9 @@
 #define DEPTH         8u /* extents in flight, a thread */
 #define HUGE_PAGE     (UINT64_C(2) << 20)
 #define SHARE_BLOCKS  16u  /* extents that are cut short to share work are not shorter */
+#define SMALL_BLOCKS  512u /* fewer are read through small buffers */
+#define SMALL_EXTENT  16u
+#define SMALL_DEPTH   64u
 #define RING_BLOCKS   8u   /* fewer are not worth a ring */
 #define TEAM_BLOCKS   256u /* fewer are not worth waking the other threads */
 
@@ -48,6 +53,7 @@ struct tp_walk_reader {
 	uint64_t nr_blocks;
 	uint64_t extent_blocks; /* at most */
 	uint8_t *buffers;       /* DEPTH a thread */
+	uint8_t *small;         /* SMALL_DEPTH a thread */
 	struct lane *lanes;
 	_Atomic uint64_t done;
 	_Atomic bool cancelled;
@@ -59,6 +65,12 @@ static uint64_t buffers_size(const struct tp_walk_reader *reader)
 			 TP_MD_BLOCK_SIZE;
 
 	return (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+}
+
+static uint64_t small_size(const struct tp_walk_reader *reader)
+{
+	return (uint64_t)tp_walk_team_size(reader->team) * SMALL_DEPTH * SMALL_EXTENT *
+	       TP_MD_BLOCK_SIZE;
 }
 
 int tp_walk_reader_create(struct tp_bdev *bdev, unsigned nr_threads,
@@ -84,8 +96,9 @@ int tp_walk_reader_create(struct tp_bdev *bdev, unsigned nr_threads,
 		return rc;
 	}
 	reader->buffers = tp_walk_map_dense(buffers_size(reader));
+	reader->small = tp_walk_map(small_size(reader));
 	reader->lanes = calloc(nr_threads, sizeof(*reader->lanes));
-	if (!reader->buffers || !reader->lanes) {
+	if (!reader->buffers || !reader->small || !reader->lanes) {
 		tp_walk_reader_destroy(reader);
 		return tp_fail(err, TP_E_NO_MEMORY, "no memory for read buffers");
 	}
@@ -102,6 +115,7 @@ void tp_walk_reader_destroy(struct tp_walk_reader *reader)
 			io_uring_queue_exit(&reader->lanes[i].ring);
 	free(reader->lanes);
 	tp_walk_unmap(reader->buffers, buffers_size(reader));
+	tp_walk_unmap(reader->small, small_size(reader));
 	tp_walk_team_destroy(reader->team);
 	free(reader);
 }
@@ -173,7 +187,7 @@ struct stream {
 	uint64_t (*take)(struct stream *stream, uint64_t *begin_ret, size_t *cookie_ret);
 	void (*give)(struct stream *stream, unsigned thread, uint64_t begin, uint64_t end,
 		     size_t cookie, const uint8_t *data);
-	bool use_rings;
+	uint64_t nr; /* blocks that are wanted, before the first is taken */
 };
 
 struct extent {
@@ -182,10 +196,28 @@ struct extent {
 	size_t cookie;
 };
 
-static uint8_t *buffer_of(struct tp_walk_reader *reader, unsigned thread, unsigned slot)
+static bool is_small(const struct stream *stream)
 {
-	return reader->buffers +
-	       ((size_t)thread * DEPTH + slot) * reader->extent_blocks * TP_MD_BLOCK_SIZE;
+	return stream->nr < SMALL_BLOCKS;
+}
+
+static unsigned depth_of(const struct stream *stream)
+{
+	return is_small(stream) ? SMALL_DEPTH : DEPTH;
+}
+
+/* At most so many in one extent. */
+static uint64_t extent_most(const struct stream *stream)
+{
+	return is_small(stream) ? SMALL_EXTENT : stream->reader->extent_blocks;
+}
+
+static uint8_t *buffer_of(const struct stream *stream, unsigned thread, unsigned slot)
+{
+	uint8_t *buffers = is_small(stream) ? stream->reader->small : stream->reader->buffers;
+
+	return buffers +
+	       ((size_t)thread * depth_of(stream) + slot) * extent_most(stream) * TP_MD_BLOCK_SIZE;
 }
 
 static bool on_device(const struct tp_walk_reader *reader, const struct extent *extent)
@@ -209,7 +241,7 @@ static bool take(struct stream *stream, struct extent *extent)
 static void read_in_turn(struct stream *stream, unsigned thread)
 {
 	struct tp_walk_reader *reader = stream->reader;
-	uint8_t *buffer = buffer_of(reader, thread, 0);
+	uint8_t *buffer = buffer_of(stream, thread, 0);
 	struct extent extent;
 
 	while (take(stream, &extent)) {
@@ -225,10 +257,10 @@ static void read_in_turn(struct stream *stream, unsigned thread)
 static bool ring_ready(struct tp_walk_reader *reader, struct lane *lane)
 {
 	if (lane->state == RING_UNTRIED)
-		lane->state =
-			reader->bdev->fd >= 0 && io_uring_queue_init(DEPTH, &lane->ring, 0) == 0
-				? RING_READY
-				: RING_NONE;
+		lane->state = reader->bdev->fd >= 0 &&
+					      io_uring_queue_init(SMALL_DEPTH, &lane->ring, 0) == 0
+				      ? RING_READY
+				      : RING_NONE;
 	return lane->state == RING_READY;
 }
 
@@ -246,8 +278,8 @@ static bool start(struct stream *stream, unsigned thread, unsigned slot, struct 
 			continue;
 		}
 		sqe = io_uring_get_sqe(&reader->lanes[thread].ring);
-		TP_ASSERT(sqe); /* no more than DEPTH are in flight */
-		io_uring_prep_read(sqe, reader->bdev->fd, buffer_of(reader, thread, slot),
+		TP_ASSERT(sqe); /* no more than it holds are in flight */
+		io_uring_prep_read(sqe, reader->bdev->fd, buffer_of(stream, thread, slot),
 				   (unsigned)bytes_of(extent), extent->begin * TP_MD_BLOCK_SIZE);
 		io_uring_sqe_set_data64(sqe, slot);
 		return true;
@@ -260,16 +292,18 @@ static void read_ahead(struct stream *stream, unsigned thread)
 {
 	struct tp_walk_reader *reader = stream->reader;
 	struct io_uring *ring = &reader->lanes[thread].ring;
-	struct extent extents[DEPTH];
+	struct extent extents[SMALL_DEPTH];
+	unsigned depth = depth_of(stream);
 	unsigned nr_flying = 0;
 
-	while (nr_flying < DEPTH && start(stream, thread, nr_flying, extents))
+	while (nr_flying < depth && start(stream, thread, nr_flying, extents))
 		nr_flying++;
 	while (nr_flying) {
+		/* Of small reads half at a time, so that the next ones start together: each start
+		 * on its own costs a system call and wakes the device. */
+		unsigned wait = is_small(stream) && nr_flying > 1 ? nr_flying / 2 : 1;
 		struct io_uring_cqe *cqe;
-		unsigned slot;
-		bool whole;
-		int rc = io_uring_submit_and_wait(ring, 1);
+		int rc = io_uring_submit_and_wait(ring, wait);
 
 		/* What is submitted must come back before its buffers are used again, so that there
 		 * is no giving up; anything but these would be our own mistake. */
@@ -278,15 +312,19 @@ static void read_ahead(struct stream *stream, unsigned thread)
 			sched_yield();
 			continue;
 		}
-		if (io_uring_peek_cqe(ring, &cqe))
-			continue;
-		slot = (unsigned)io_uring_cqe_get_data64(cqe);
-		whole = cqe->res >= 0 && (size_t)cqe->res == bytes_of(&extents[slot]);
-		io_uring_cqe_seen(ring, cqe);
-		stream->give(stream, thread, extents[slot].begin, extents[slot].end,
-			     extents[slot].cookie, whole ? buffer_of(reader, thread, slot) : NULL);
-		if (!start(stream, thread, slot, extents))
-			nr_flying--;
+		while (nr_flying && !io_uring_peek_cqe(ring, &cqe)) {
+			unsigned slot = (unsigned)io_uring_cqe_get_data64(cqe);
+			const struct extent *extent = &extents[slot];
+			bool whole = cqe->res >= 0 && (size_t)cqe->res == bytes_of(extent);
+
+			io_uring_cqe_seen(ring, cqe);
+			stream->give(stream, thread, extent->begin, extent->end, extent->cookie,
+				     whole ? buffer_of(stream, thread, slot) : NULL);
+			if (!start(stream, thread, slot, extents))
+				nr_flying--;
+			else if (!is_small(stream))
+				io_uring_submit(ring); /* what it cannot take now stays queued */
+		}
 	}
 }
 
@@ -294,7 +332,7 @@ static void read_extents(void *argument, unsigned thread)
 {
 	struct stream *stream = argument;
 
-	if (stream->use_rings && ring_ready(stream->reader, &stream->reader->lanes[thread]))
+	if (stream->nr >= RING_BLOCKS && ring_ready(stream->reader, &stream->reader->lanes[thread]))
 		read_ahead(stream, thread);
 	else
 		read_in_turn(stream, thread);
@@ -316,11 +354,11 @@ struct visiting {
 /* So few that the last ones are spread over all threads. */
 static uint64_t extent_blocks(const struct visiting *v)
 {
-	const struct tp_walk_reader *reader = v->stream.reader;
-	uint64_t share = v->nr_left / (2 * tp_walk_team_size(reader->team));
+	uint64_t share = v->nr_left / (2 * tp_walk_team_size(v->stream.reader->team));
+	uint64_t most = extent_most(&v->stream);
 
 	share = share < SHARE_BLOCKS ? SHARE_BLOCKS : share;
-	return share < reader->extent_blocks ? share : reader->extent_blocks;
+	return share < most ? share : most;
 }
 
 static uint64_t take_marked(struct stream *stream, uint64_t *begin_ret, size_t *cookie_ret)
@@ -388,7 +426,7 @@ void tp_walk_blocks(struct tp_walk_reader *reader, const uint64_t *bits, uint64_
 			.reader = reader,
 			.take = take_marked,
 			.give = give_marked,
-			.use_rings = nr >= RING_BLOCKS,
+			.nr = nr,
 		},
 		.nr_left = nr,
 		.bits = bits,
@@ -438,7 +476,7 @@ static uint64_t take_listed(struct stream *stream, uint64_t *begin_ret, size_t *
 	while (end < l->nr_wanted &&
 	       (end == first ||
 		(l->wanted[end].block - l->wanted[end - 1].block <= GAP_BLOCKS &&
-		 l->wanted[end].block - l->wanted[first].block < stream->reader->extent_blocks)))
+		 l->wanted[end].block - l->wanted[first].block < extent_most(stream))))
 		end++;
 	l->next = end;
 	pthread_mutex_unlock(&l->lock);
@@ -481,7 +519,7 @@ int tp_walk_read_list(struct tp_walk_reader *reader, const uint64_t *blocks, siz
 			.reader = reader,
 			.take = take_listed,
 			.give = give_listed,
-			.use_rings = nr_blocks >= RING_BLOCKS,
+			.nr = nr_blocks,
 		},
 		.wanted = wanted,
 		.nr_wanted = nr_blocks,
