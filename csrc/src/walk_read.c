@@ -9,11 +9,11 @@
  * Where there is no ring to be had (a device without a descriptor, io_uring forbidden), and for a
  * few blocks, it reads one extent after the other.
  *
- * The buffers are in huge pages: a read into them is few segments for the device, instead of one for
- * each page of 4 KiB, which doubles what a virtual disk gives. Large reads, many at a time, gain
- * until about 16 MiB are in flight. Clearing a huge page takes longer than reading a hundred blocks,
- * so that small sets have small buffers of their own, and more reads in flight, since single blocks
- * cost the device time rather than bandwidth.
+ * The buffers are in huge pages: a read into them is few segments for the device, instead of one
+ * for each page of 4 KiB, which doubles what a virtual disk gives. Large reads, many at a time,
+ * gain until about 16 MiB are in flight. Clearing a huge page takes longer than reading a hundred
+ * blocks, so that small sets have small buffers of their own, and more reads in flight, since
+ * single blocks cost the device time rather than bandwidth.
  */
 #include <errno.h>
 #include <liburing.h>
