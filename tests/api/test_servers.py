@@ -69,10 +69,18 @@ def test_a_server_at_rest_does_not_wake(root, monkeypatch):
         api.create("p/v", size=16 * MIB)
         api.snapshot_many("p/v", ["p/a", "p/b", "p/c"], activate=True)
         pids = (supervisor(root), api.status("p").server_pid)
-    time.sleep(3.0)  # what was begun comes to its end: commits, the copy of the names
-    before = [switches(pid) for pid in pids]
-    time.sleep(4.0)
-    assert [switches(pid) for pid in pids] == before
+    time.sleep(2.0)
+    woken = []
+    for _ in range(6):
+        # What was begun comes to its end first, and others on the host may look at the mount; but
+        # whatever wakes by a clock does so in each of these.
+        before = [switches(pid) for pid in pids]
+        time.sleep(4.0)
+        after = [switches(pid) for pid in pids]
+        woken.append([then != now for then, now in zip(before, after, strict=True)])
+        if not any(woken[-1]):
+            break
+    assert not any(woken[-1]), woken
     with Thinpool(root, timeout=20) as api:
         assert api.status("p").server_pid == pids[1]
         api.remove(["p/a", "p/b", "p/c"], deactivate=True)
