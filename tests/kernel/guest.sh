@@ -3,6 +3,7 @@
 set -eu
 mkdir -p /run/bb /run/volumes
 busybox --install -s /run/bb
+PROGRAMS=$PATH
 PATH=/run/bb:$PATH
 LC_ALL=C
 export LC_ALL
@@ -44,12 +45,17 @@ thins_on() {
 	dmsetup create --concise "${all#;}"
 }
 
+# device NAME: the path of a volume's device
+device() {
+	echo "${DEVICES:-/dev/mapper}/$1"
+}
+
 # mount_on NAME FILESYSTEM [OPTIONS]
 mount_on() {
 	mkdir -p "$TOP/$1"
 	case $2 in
-	xfs) mount -t xfs -o "nouuid${3:+,$3}" "/dev/mapper/$1" "$TOP/$1" ;;
-	*) mount -t "$2" ${3:+-o "$3"} "/dev/mapper/$1" "$TOP/$1" ;;
+	xfs) mount -t xfs -o "nouuid${3:+,$3}" "$(device "$1")" "$TOP/$1" ;;
+	*) mount -t "$2" ${3:+-o "$3"} "$(device "$1")" "$TOP/$1" ;;
 	esac
 }
 
@@ -90,4 +96,26 @@ snapshot() {
 	else
 		message create_snap "$3" "$2"
 	fi
+}
+
+# store_on DIRECTORY: a program of ours that works on the pools under it, and that "ask" asks
+store_on() {
+	DEVICES=/run/thinpool/dev/p
+	PATH=$PROGRAMS modprobe loop # as udev would
+	mkfifo /run/questions /run/answers
+	PATH=$PROGRAMS python3 "$HERE/guest_store.py" "$1" </run/questions >/run/answers &
+	exec 8>/run/questions 9</run/answers
+}
+
+# ask COMMAND WORD...: see guest_store.py; its failure ends the script
+ask() {
+	echo "$*" >&8
+	read -r answer <&9
+	case $answer in
+	ok*) ;;
+	*)
+		echo "$*: $answer" >&2
+		exit 1
+		;;
+	esac
 }

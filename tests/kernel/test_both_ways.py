@@ -3,10 +3,15 @@
 Each side finds every file as the other left it, changes what it likes and hands it back. Each hand
 over is judged by thin_check and by our own checker. Neither side tells the other what it did: both
 run the same scripts, and a model of the files says what must be there.
+
+In every other round the kernel is driven by dmsetup, behind the back of our store, which finds new
+and missing volumes afterwards. In the rounds between it is driven by engine dm with the same store:
+the disk with the root is mounted there, and names and sizes are kept.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -19,13 +24,14 @@ import pytest
 
 from tests.core.judges import our_check, thin_check
 from tests.kernel import machine
+from tests.kernel.mounting import unmount
 from tests.kernel.trees import Script
 from tests.kernel.world import BLOCK, MIB, SECTOR, Held, change_raw, lists_for_guest, quoted
 from tests.system.conftest import fsck, remove_all
 from thinpool import Thinpool
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 pytestmark = [
     pytest.mark.root,
@@ -39,6 +45,7 @@ pytestmark = [
 ]
 ROUNDS = int(os.environ.get("THINPOOL_BOTH_WAYS_ROUNDS", "10"))
 SIZES = {"ext4": 192 * MIB, "xfs": 304 * MIB}
+DISK_SIZE = 2048 * MIB
 RAW_SIZE = 4 * MIB
 VOLUMES_MOST = 9
 FEATURES = ([], ["skip_block_zeroing"], ["no_discard_passdown"], ["error_if_no_space"])
@@ -54,15 +61,33 @@ class World:
     held: dict[str, Held] = field(default_factory=dict)
     names: int = 0
     unit_there: int = SECTOR
+    base: int = -1
 
     def __post_init__(self) -> None:
-        for name in ("payloads", "lists", "mnt"):
+        for name in ("payloads", "lists", "mnt", "store"):
             (self.folder / name).mkdir()
+        with self.disk.open("wb") as file:
+            file.truncate(DISK_SIZE)
+        subprocess.run(["mkfs.ext4", "-q", "-F", self.disk], check=True)
+        self.mount_store()
         self.api.create_pool(
             "p", size=1024 * MIB, metadata_size=8 * MIB, base_size=SIZES["ext4"], base_fs="ext4"
         )
         status = self.api.status("p")
         self.data, self.metadata = Path(status.data.path), Path(status.metadata.path)
+
+    @property
+    def disk(self) -> Path:
+        """With the root of our pools on it."""
+        return self.folder / "disk"
+
+    @property
+    def store(self) -> Path:
+        """Where it is mounted, here and there."""
+        return self.folder / "store"
+
+    def mount_store(self) -> None:
+        subprocess.run(["mount", "-o", "loop", self.disk, self.store], check=True)
 
     def script(self) -> Script:
         return Script(self.folder / "payloads")
@@ -95,6 +120,7 @@ class World:
     def begin(self) -> None:
         """Two filesystems, a raw volume, snapshots three deep of each, and a deleted one."""
         self.api.snapshot("p/base", "p/e")
+        self.base = next(volume.id for volume in self.api.list("p") if volume.name == "base")
         self.api.create("p/x", size=SIZES["xfs"], fs="xfs")
         self.api.create("p/r", size=RAW_SIZE)
         for name, filesystem in (("e", "ext4"), ("x", "xfs"), ("r", None)):
@@ -184,37 +210,88 @@ class World:
 
     # ---- the kernel's side --------------------------------------------------------------------
 
-    def kernel_turn(self, round_: int) -> None:
-        """Verify all, change some, in a machine; then tell the catalogue which names are meant."""
+    def guest_script(self) -> Script:
         lists = self.folder / "lists"
-        before = list(self.held.values())
-        lists_for_guest(lists, before)
+        lists_for_guest(lists, self.held.values())
         script = self.script()
-        features = FEATURES[round_ % len(FEATURES)]
-        # Where new blocks are not zeroed, what was not written is anything: whole blocks only.
-        self.unit_there = BLOCK if "skip_block_zeroing" in features else SECTOR
-        script.lines += [
-            f"LISTS={quoted(lists)}",
-            f". {quoted(machine.HERE / 'guest.sh')}",
-            quoted("pool_on", *features),
-        ]
-        thins = [f"{volume.name} {volume.id} {volume.size // SECTOR}" for volume in before]
-        script.lines.append(quoted("thins_on", *thins))
-        for volume in before:
+        script.lines += [f"LISTS={quoted(lists)}", f". {quoted(machine.HERE / 'guest.sh')}"]
+        return script
+
+    def run_there(self, script: Script, *disks: Path) -> None:
+        job = self.folder / "job.sh"
+        job.write_text("\n".join(script.lines) + "\n")
+        machine.run(job, disks=disks)
+
+    @staticmethod
+    def verify_there(script: Script, volumes: Iterable[Held]) -> None:
+        for volume in volumes:
             if volume.filesystem is None:
-                script.lines.append(f"cmp /dev/mapper/{volume.name} $LISTS/{volume.name}.raw")
+                script.lines.append(f"cmp $(device {volume.name}) $LISTS/{volume.name}.raw")
             else:
                 script.lines += [
                     f"mount_on {volume.name} {volume.filesystem} ro",
                     f"verify_tree {volume.name}",
                     f"mount_off {volume.name}",
                 ]
+
+    def turn_of_engine_dm(self) -> None:
+        """Let our engine dm have the same root there: verify all, change some."""
+        unmount(self.store)
+        self.unit_there = SECTOR
+        before = list(self.held.values())
+        script = self.guest_script()
+        expected = self.folder / "expected.json"
+        expected.write_text(json.dumps({"base": self.base, **{v.name: v.id for v in before}}))
+        script.lines += [
+            quoted("mount", "-t", "ext4", "/dev/vda", self.store),
+            quoted("store_on", self.api.root),
+            "ask engine dm",
+            quoted("ask", "expect", expected),
+            *(f"ask activate {volume.name}" for volume in before),
+        ]
+        self.verify_there(script, before)
+        for volume in (self.pick(filesystem=True), self.pick(filesystem=False)):
+            self.change_there(volume, script, 6)
+        if (doomed := self.expendable()) is not None:
+            script.lines += [f"ask deactivate {doomed.name}", f"ask remove {doomed.name}"]
+            del self.held[doomed.name]
+        for _ in range(2):
+            origin = self.parent()
+            child = origin.snapshot(self.new_name(), -1)
+            self.held[child.name] = child
+            script.lines += [
+                f"ask snapshot {origin.name} {child.name}",
+                f"ask activate {child.name}",
+            ]
+            self.change_there(child, script, 4)
+            self.change_there(origin, script, 3)
+        script.lines += [f"ask deactivate {name}" for name in self.held]
+        script.lines += ["ask check", "ask stop", "exec 8>&-; wait", quoted("umount", self.store)]
+        self.run_there(script, self.disk)
+        self.mount_store()
+        self.judge()
+        self.api.set("p", {"engine": "user"})
+        ids = {volume.name: volume.id for volume in self.api.list("p")}
+        assert ids.keys() == {"base", *self.held}
+        for held in self.held.values():
+            assert held.id in (-1, ids[held.name])
+            held.id = ids[held.name]
+
+    def turn_of_dmsetup(self, round_: int) -> None:
+        """Verify all, change some, in a machine; then tell the catalogue which names are meant."""
+        before = list(self.held.values())
+        script = self.guest_script()
+        features = FEATURES[round_ % len(FEATURES)]
+        # Where new blocks are not zeroed, what was not written is anything: whole blocks only.
+        self.unit_there = BLOCK if "skip_block_zeroing" in features else SECTOR
+        script.lines.append(quoted("pool_on", *features))
+        thins = [f"{volume.name} {volume.id} {volume.size // SECTOR}" for volume in before]
+        script.lines.append(quoted("thins_on", *thins))
+        self.verify_there(script, before)
         made, deleted = self.kernel_changes(script)
         active = {volume.name for volume in [*before, *made]} - deleted
         script.lines += [quoted("dmsetup", "remove", *sorted(active)), "pool_off"]
-        job = self.folder / "job.sh"
-        job.write_text("\n".join(script.lines) + "\n")
-        machine.run(job, disks=[self.metadata, self.data])
+        self.run_there(script, self.metadata, self.data)
         self.judge()
         self.settle_names(made, deleted)
 
@@ -244,7 +321,7 @@ class World:
 
     def change_there(self, volume: Held, script: Script, steps: int) -> None:
         if volume.filesystem is None:
-            device = f"/dev/mapper/{volume.name}"
+            device = f"$(device {volume.name})"
             change_raw(volume, self.random, script, device, steps, whole=True, unit=self.unit_there)
             return
         script.lines += [f"mount_on {volume.name} {volume.filesystem}", f"( cd $TOP/{volume.name}"]
@@ -276,11 +353,13 @@ class World:
 def world(seed: int) -> Iterator[World]:
     with tempfile.TemporaryDirectory(prefix="tpk-", ignore_cleanup_errors=True) as path:
         folder = Path(path)
-        api = Thinpool(folder / "root", timeout=60)
+        api = Thinpool(folder / "store" / "root", timeout=60)
         try:
             yield World(api=api, folder=folder, random=random.Random(seed))
         finally:
-            remove_all(api)
+            if (folder / "store").is_mount():
+                remove_all(api)
+                unmount(folder / "store")
             api.close()
 
 
@@ -290,7 +369,10 @@ def test_a_pool_moves_between_our_engine_and_the_kernel(world: World) -> None:
     for round_ in range(ROUNDS):
         print(f"round {round_}")  # noqa: T201 - pytest shows it when the test fails
         world.let_go()
-        world.kernel_turn(round_)
+        if round_ % 2:
+            world.turn_of_engine_dm()
+        else:
+            world.turn_of_dmsetup(round_ // 2)
         world.verify_here()
         world.work_here()
     world.verify_here()
