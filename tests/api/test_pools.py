@@ -15,6 +15,7 @@ import zstandard
 from thinpool import Thinpool, errors
 from thinpool.engine import BlockDevice
 from thinpool.server.client import PoolClient
+from thinpool.store import poolfile
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -412,3 +413,20 @@ def test_foreign_holder_of_the_metadata_is_named(api, root):
         api.attach_pool("p", **paths)
     assert str(paths["metadata"]) in caught.value.message
     api.attach_pool("p", **paths)
+
+
+def test_pool_of_engine_dm_is_taken_over_where_the_kernel_has_no_device_mapper(
+    api, root, monkeypatch
+):
+    """It was carried here from a host that has: nothing of it can be in use by this kernel."""
+
+    def no_device_mapper():
+        raise errors.UnsupportedHostError("this kernel has no device-mapper", missing="dm")
+
+    api.create_pool("p", size=64 * MIB, base_size=0, engine="user")
+    api.create("p/a", size=MIB)
+    api._session.client("p").stop_server()
+    poolfile.write_config(root, poolfile.read_config(root, "p").changed(engine="dm"))
+    monkeypatch.setattr("thinpool.dm.client.DeviceMapper", no_device_mapper)
+    assert api.set("p", {"engine": "user"}).engine == "user"
+    assert [volume.name for volume in api.list("p")] == ["a"]

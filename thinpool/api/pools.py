@@ -607,7 +607,11 @@ def refuse_in_kernel(config: PoolConfig) -> None:
     from thinpool.dm import names  # noqa: PLC0415 - for pools of this engine alone
     from thinpool.dm.client import DeviceMapper  # noqa: PLC0415 - likewise
 
-    with DeviceMapper() as mapper:
+    try:
+        mapper = DeviceMapper()
+    except errors.UnsupportedHostError:
+        return  # a kernel without device-mapper has no pool: this one came from another host
+    with mapper:
         for entry in mapper.devices(uuid_prefix=names.prefix_of(config.uuid)):
             raise errors.BusyError(
                 f"pool {config.name} is in use by the kernel as {entry.name}: close what has that "
