@@ -384,7 +384,9 @@ class Layers:
         """
         space = os.statvfs(path)
         reserve = max(space.f_blocks - limit // space.f_frsize, 0)
-        name = Path(device).resolve().name
+        number = os.stat(device).st_rdev  # noqa: PTH116 - a device; its node may have any name
+        block = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+        name = block.resolve().name
         try:
             Path(f"/sys/fs/ext4/{name}/reserved_clusters").write_text(
                 str(reserve), encoding="ascii"
