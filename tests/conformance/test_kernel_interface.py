@@ -474,8 +474,8 @@ def test_a_discard_past_the_end_is_refused(raw):
 def test_the_granularity_of_discards_is_a_block(raw):
     pool = raw.pool()
     pool.create_thin(0)
-    name = Path(raw.thin(0)).resolve().name
-    queue = Path(f"/sys/block/{name}/queue")
+    number = Path(raw.thin(0)).stat().st_rdev
+    queue = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/queue")
     assert int((queue / "discard_granularity").read_text()) == BLOCK
     assert int((queue / "discard_max_bytes").read_text()) >= BLOCK
 
