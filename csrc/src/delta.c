@@ -14,7 +14,7 @@
 #include "thinpool/error.h"
 #include "thinpool/walk.h"
 
-#define WINDOW_LEAVES 512u /* of each side */
+#define WINDOW_LEAVES 4096u /* of each side, 16 MiB: copies lie in the order of the writes */
 #define BATCH_NODES   512u
 #define SEEN_NODES    8u
 

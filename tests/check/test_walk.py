@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.check.builder import Builder, Image
-from thinpool.check import check_metadata, delta
+from thinpool.check import DeltaKind, check_metadata, delta
 from thinpool.engine.bdev import FOR_EVER, BlockDevice, FaultDevice, FaultKind, FaultOp
 from thinpool.errors import StorageIOError
 
@@ -20,6 +20,8 @@ BLOCK = 4096
 FIRST_LEAF = 100
 KEPT = 2048
 """Internal nodes that a check keeps in memory (TP_CHECK_KEPT_MAX)."""
+WINDOW = 4096
+"""Leaves of each side that a delta reads at once (WINDOW_LEAVES)."""
 
 
 def _narrow(nr_leaves: int, *, fan_out: int = 3) -> tuple[Image, list[int], list[int]]:
@@ -134,3 +136,24 @@ def test_bad_sectors_take_no_neighbours_along(tmp_path) -> None:
                 count=FOR_EVER,
             )
         assert _faults(device) == {("io_error", block) for block in bad}
+
+
+def test_a_delta_of_more_leaves_than_are_read_at_once(tmp_path) -> None:
+    """Two trees that share nothing, whose leaves begin at different keys."""
+    nr_entries = 90 * (WINDOW + 300)
+    rng = random.Random(5)
+    left = {key: (key, 0) for key in range(nr_entries)}
+    changed = sorted(rng.sample(range(nr_entries), 400))
+    right = left | {key: (nr_entries + at, 0) for at, key in enumerate(changed)}
+    builder = Builder(metadata_blocks=12000, data_blocks=nr_entries + len(changed))
+    builder.device(1, builder.tree(left, per_leaf=90))
+    builder.device(2, builder.tree(right, per_leaf=97))
+    path = builder.finish().write(tmp_path / "metadata")
+    found = [
+        (each.begin + at, (each.left_data_begin or 0) + at, (each.right_data_begin or 0) + at)
+        for each in delta(path, 1, 2, by_data_block=True)
+        for at in range(each.length)
+    ]
+    assert found == [(key, key, nr_entries + at) for at, key in enumerate(changed)]
+    same = sum(each.length for each in delta(path, 1, 2, same=True) if each.kind is DeltaKind.SAME)
+    assert same == nr_entries - len(changed)
