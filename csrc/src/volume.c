@@ -235,7 +235,7 @@ static void volume_free(struct tp_volume *volume)
 	struct chunk_table *table = atomic_load(&volume->table), *older;
 	uint64_t i;
 
-	/* Not all of it: the table of a volume whose size is not known yet is huge, and untouched. */
+	/* Not all of it: that of a volume whose size is not known yet is huge and untouched. */
 	for (i = 0; table && i < table->nr_used; i++)
 		free(atomic_load(&table->chunks[i]));
 	for (; table; table = older) {
