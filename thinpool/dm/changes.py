@@ -49,8 +49,11 @@ class Changes(PoolBase):
         return found
 
     def _info(self, known: VolumeInfo) -> VolumeInfo:
+        if self._thins.get(known.id) is None:
+            return known
         sectors = self._thins.mapped_sectors(known.id)
         if sectors is None:
+            self._known.stale.add(known.id)
             return known
         blocks = sectors // self._target.block_sectors
         return replace(known, open=True, mapped_blocks=blocks)
@@ -62,12 +65,12 @@ class Changes(PoolBase):
                 self._read_known()
 
     def _note_mapped(self, volume_id: VolumeId) -> None:
-        """Remember what a volume maps before its device goes."""
-        sectors = self._thins.mapped_sectors(volume_id)
+        """Remember what a volume maps, which has a device that goes, or is at rest."""
         known = self._known.volumes.get(volume_id)
-        if known is None:
+        if known is None or self._thins.get(volume_id) is None:
             return
-        if sectors is None:
+        sectors = self._thins.mapped_sectors(volume_id)
+        if sectors is None:  # it went without our seeing it, or its pool failed
             self._known.stale.add(volume_id)
             return
         self._known.volumes[volume_id] = replace(
@@ -90,9 +93,10 @@ class Changes(PoolBase):
             self._require_ready(expected)
             self._refuse_what_cannot_be(changes)
             done: list[Change] = []
+            instants: dict[VolumeId, VolumeId] = {}
             try:
                 for change in changes:
-                    self._make(change)
+                    self._make(change, expected, instants)
                     done.append(change)
                     self._step("message-sent")
                 self._set_transaction_id(expected, new)
@@ -152,39 +156,46 @@ class Changes(PoolBase):
                 self._require(VolumeId(-1 if change.origin is None else change.origin))
             there.add(change.id)
 
-    def _make(self, change: Change) -> None:
+    def _make(
+        self, change: Change, transaction_id: int, instants: dict[VolumeId, VolumeId]
+    ) -> None:
         if change.kind is ChangeKind.CREATE:
             self._pool.create_thin(change.id)
-            self._remember(change.id, mapped=0, time=self._known.time)
+            self._remember(change.id, transaction_id, mapped=0)
         elif change.kind is ChangeKind.DELETE:
             self._pool.delete(change.id)
             self._known.volumes.pop(change.id, None)
             self._known.stale.discard(change.id)
         else:
-            self._snapshot(change.id, VolumeId(-1 if change.origin is None else change.origin))
+            origin = VolumeId(-1 if change.origin is None else change.origin)
+            # Several snapshots of one origin are of one instant: it is brought to rest for the
+            # first, and the others are taken of that, which nobody writes.
+            self._snapshot(change.id, instants.get(origin, origin), transaction_id)
+            instants.setdefault(origin, change.id)
 
-    def _snapshot(self, volume_id: VolumeId, origin: VolumeId) -> None:
-        with self._thins.suspended(origin):
-            # Suspended, so that what the origin maps does not change meanwhile.
-            self._note_mapped(origin)
-            self._pool.create_snap(volume_id, origin=origin)
+    def _snapshot(self, volume_id: VolumeId, source: VolumeId, transaction_id: int) -> None:
+        with self._thins.suspended(source):
+            # Suspended, so that what it maps does not change meanwhile.
+            self._note_mapped(source)
+            self._pool.create_snap(volume_id, origin=source)
             self._step("snapshot-made")
         self._known.time += 1
-        of_origin = self._known.volumes[origin]
-        if origin in self._known.stale:
+        mapped = self._known.volumes[source].mapped_blocks
+        if source in self._known.stale:
             self._known.stale.add(volume_id)
-        self._remember(volume_id, mapped=of_origin.mapped_blocks, time=self._known.time)
-        self._known.volumes[origin] = replace(of_origin, snapshotted_time=self._known.time)
+        self._remember(volume_id, transaction_id, mapped=mapped)
+        self._known.volumes[source] = replace(
+            self._known.volumes[source], snapshotted_time=self._known.time
+        )
 
-    def _remember(self, volume_id: VolumeId, *, mapped: int, time: int) -> None:
-        status = self._kernel_status(commit=False)
+    def _remember(self, volume_id: VolumeId, transaction_id: int, *, mapped: int) -> None:
         self._known.volumes[volume_id] = VolumeInfo(
             id=volume_id,
-            creation_time=time,
-            snapshotted_time=time,
+            creation_time=self._known.time,
+            snapshotted_time=self._known.time,
             open=False,
             mapped_blocks=mapped,
-            transaction_id=status.transaction_id if status is not None else 0,
+            transaction_id=transaction_id,
         )
 
     def _set_transaction_id(self, expected: int, new: int) -> None:

@@ -8,6 +8,7 @@ disk while nobody writes there: before the kernel has the pool, or with the pool
 from __future__ import annotations
 
 import contextlib
+import threading
 from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING, Final, Self
@@ -29,11 +30,33 @@ if TYPE_CHECKING:
     from thinpool.model import VolumeId
 
 
+_EVENT_MS: Final = 3_600_000
+
+
 class DmPool(Changes):
     """A pool of the kernel's; implements PoolBackend. Thread-safe."""
 
     atomic: Final = False
     """A change and the transaction id are two commits."""
+
+    # ---- events -----------------------------------------------------------------------------
+
+    def on_event(self, callback: Callable[[], None]) -> None:
+        """Have a function called when the mode or low water changes, until the pool is closed.
+
+        Crossing the low-water mark raises no uevent: the device's event number is waited for.
+        """
+
+        def watch() -> None:
+            sequence = 0
+            with contextlib.suppress(errors.ClosedError):
+                while True:
+                    found = self.wait_event(sequence, timeout_ms=_EVENT_MS)
+                    if found != sequence:
+                        sequence = found
+                        callback()
+
+        threading.Thread(target=watch, name="dm-events", daemon=True).start()
 
     # ---- growth and settings ----------------------------------------------------------------
 
@@ -190,10 +213,16 @@ class DmPool(Changes):
         """
         with self._lock:
             self._note_mapped(volume_id)
-            gone = self._thins.remove(volume_id, deferred=deferred)
-            if not gone:
-                self._known.stale.add(volume_id)
-            return gone
+            return self._thins.remove(volume_id, deferred=deferred)
+
+    def keep_device(self, volume_id: VolumeId) -> None:
+        """Let a block device stay whose removal was deferred.
+
+        Raises:
+            BusyError: it is going, or gone.
+        """
+        with self._lock:
+            self._thins.keep(volume_id)
 
     def resize_device(self, volume_id: VolumeId, size: int) -> None:
         """Let a volume's block device have another size, under its users."""

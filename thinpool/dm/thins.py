@@ -198,6 +198,23 @@ class ThinDevices:
             del self._there[volume_id]
         return gone
 
+    def keep(self, volume_id: VolumeId) -> None:
+        """Let a device stay whose removal was deferred.
+
+        Raises:
+            BusyError: it is going, or gone.
+        """
+        device = self._there[volume_id]
+        try:
+            if self._mapper.info(device.name).deferred_remove:
+                self._mapper.cancel_deferred_remove(device.name)
+        except errors.NotFoundError as cause:
+            raise errors.BusyError(
+                f"the device {device.name} is going: ask again when it is gone",
+                holder=device.name,
+                device=device.name,
+            ) from cause
+
     def resize(self, volume_id: VolumeId, size: int) -> None:
         """Let a device have another size, under its users."""
         device = self._there[volume_id]
