@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Literal, NewType, Self
 
+from thinpool.errors import ThinpoolError, by_kind
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -160,6 +162,43 @@ class Activation:
         known = _known(cls, data)
         known["volume"] = Volume.from_json(known["volume"])
         return cls(**known)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """What resume answers.
+
+    Attributes:
+        activations: what is active now of what was activated to persist.
+        failures: why others are not.
+    """
+
+    activations: tuple[Activation, ...]
+    failures: tuple[ThinpoolError, ...]
+
+    def to_json(self) -> Json:
+        """The shape of ``resume``."""
+        return {
+            "schema": SCHEMA,
+            "activations": [each.to_json() for each in self.activations],
+            "failures": [
+                {**each.attributes, "type": each.kind, "message": each.message}
+                for each in self.failures
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read the shape of ``resume``."""
+        kinds = by_kind()
+        failures = []
+        for each in data["failures"]:
+            rest = {key: value for key, value in each.items() if key not in {"type", "message"}}
+            failures.append(kinds.get(each["type"], ThinpoolError)(each["message"], **rest))
+        return cls(
+            activations=tuple(Activation.from_json(each) for each in data["activations"]),
+            failures=tuple(failures),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

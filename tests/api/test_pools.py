@@ -61,7 +61,6 @@ def tree(root):
         ("p", {"min_free": 100}, errors.UsageError),
         ("p", {"when_full": "panic"}, errors.UsageError),
         ("p", {"engine": "zfs"}, errors.UsageError),
-        ("p", {"engine": "dm"}, errors.NotThereYetError),
     ],
 )
 def test_pool_that_cannot_be_is_refused_and_leaves_nothing(api, root, name, arguments, kind):

@@ -126,6 +126,10 @@ class CommandLine:
             file=None,
             already_active=False,
         )
+        api.resume.return_value = model.Resumed(
+            activations=(api.activate.return_value,), failures=()
+        )
+        api.install_units.return_value = ["/u/thinpool-pools.service"]
         api.mount.return_value = model.Mounted(
             volume=active,
             device="/run/thinpool/dev/p/v",

@@ -49,6 +49,14 @@ STATUS: dict[str, Any] = {
     "active": int,
 }
 MADE: dict[str, Any] = {"schema": {1}, "volume": VOLUME}
+ACTIVATION: dict[str, Any] = {
+    "schema": {1},
+    "volume": VOLUME,
+    "device": (re.compile("/.+"), NULL),
+    "number": (re.compile(r"\d+:\d+"), NULL),
+    "file": (re.compile("/.+"), NULL),
+    "already_active": bool,
+}
 FINDING: dict[str, Any] = {
     "subject": str,
     "state": {"ok", "note", "missing", "wrong"},
@@ -69,14 +77,9 @@ SHAPES: dict[str, Any] = {
     "import": MADE,
     "snapshot": MADE,
     "commit": MADE,
-    "activate": {
-        "schema": {1},
-        "volume": VOLUME,
-        "device": (re.compile("/.+"), NULL),
-        "number": (re.compile(r"\d+:\d+"), NULL),
-        "file": (re.compile("/.+"), NULL),
-        "already_active": bool,
-    },
+    "activate": ACTIVATION,
+    "resume": {"schema": {1}, "activations": [ACTIVATION], "failures": list},
+    "install": {"schema": {1}, "written": [re.compile("/.+")]},
     "deactivate": MADE,
     "mount": {
         "schema": {1},

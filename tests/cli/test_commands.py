@@ -11,7 +11,7 @@ from unittest.mock import ANY, call
 import pytest
 
 from thinpool.cli.app import COMMANDS
-from thinpool.errors import AlreadyExistsError, NotThereYetError
+from thinpool.errors import AlreadyExistsError, UnsupportedHostError
 
 _spec = util.spec_from_file_location("cli_shapes", Path(__file__).with_name("shapes.py"))
 shapes = util.module_from_spec(_spec)
@@ -92,10 +92,17 @@ CALLS = [
         call.extend_pool("p", data_size=200 * GIB, metadata_size=2 * GIB),
     ),
     ("remove-pool p --yes", call.remove_pool("p")),
-    ("create p/v --size 1G", call.create("p/v", size=GIB, fs=None, mkfs_options=())),
+    (
+        "create p/v --size 1G",
+        call.create("p/v", size=GIB, fs=None, mkfs_options=(), external_origin=None),
+    ),
     (
         "create p/v --size 1G --fs xfs --mkfs-option a",
-        call.create("p/v", size=GIB, fs="xfs", mkfs_options=("a",)),
+        call.create("p/v", size=GIB, fs="xfs", mkfs_options=("a",), external_origin=None),
+    ),
+    (
+        "create p/v --external-origin /dev/x",
+        call.create("p/v", size=None, fs=None, mkfs_options=(), external_origin=Path("/dev/x")),
     ),
     (
         "import p/i /some/a.tar",
@@ -128,7 +135,10 @@ CALLS = [
         "activate p/v --read-only --persist --owner 1000:100 --mode 0660",
         call.activate("p/v", read_only=True, persist=True, owner=(1000, 100), mode=0o660),
     ),
-    ("deactivate p/v", call.deactivate("p/v")),
+    ("deactivate p/v", call.deactivate("p/v", deferred=False)),
+    ("deactivate p/v --deferred", call.deactivate("p/v", deferred=True)),
+    ("resume", call.resume(None)),
+    ("resume p", call.resume("p")),
     ("mount p/v /mnt", call.mount("p/v", Path("/mnt"), read_only=False, options=())),
     (
         "mount p/v /mnt --read-only -o noatime,dev -o discard",
@@ -137,10 +147,11 @@ CALLS = [
     ("umount p/v", call.umount("p/v")),
     ("list", call.list(None, exclusive=False)),
     ("list p --tree --exclusive", call.list("p", exclusive=True)),
-    ("remove p/v", call.remove(["p/v"], deactivate=False, dry_run=False)),
+    ("remove p/v", call.remove(["p/v"], deactivate=False, deferred=False, dry_run=False)),
+    ("remove p/v --deferred", call.remove(["p/v"], deactivate=False, deferred=True, dry_run=False)),
     (
         "remove p/v p/w --deactivate --dry-run",
-        call.remove(["p/v", "p/w"], deactivate=True, dry_run=True),
+        call.remove(["p/v", "p/w"], deactivate=True, deferred=False, dry_run=True),
     ),
     ("rename p/v w", call.rename("p/v", "w")),
     ("rename p/v p/w", call.rename("p/v", "p/w")),
@@ -157,6 +168,10 @@ CALLS = [
     ("dump --metadata m", call.dump(None, ANY, metadata=Path("m"))),
     ("doctor", call.doctor(None)),
     ("doctor p", call.doctor("p")),
+    (
+        "install --units /u --rules /r",
+        call.install_units(units=Path("/u"), rules=Path("/r")),
+    ),
 ]
 STREAMS = {"dump", "completion"}
 LATER = {"restore", "repair"}
@@ -282,14 +297,14 @@ def test_what_is_not_there_yet_says_so(thinpool, line, as_json):
     [
         ("create-pool p --size 1G --engine dm", "create_pool"),
         ("attach-pool p --data d --metadata m --engine dm", "attach_pool"),
-        ("activate p/v --persist", "activate"),
     ],
 )
-def test_options_that_are_not_there_yet_are_refused_by_the_api(thinpool, line, method):
-    getattr(thinpool.api, method).side_effect = NotThereYetError("the dm engine", operation="dm")
+def test_what_the_host_lacks_is_said_by_the_api(thinpool, line, method):
+    error = UnsupportedHostError("this kernel has no device-mapper", missing="device-mapper")
+    getattr(thinpool.api, method).side_effect = error
     result = thinpool(*line.split())
-    assert result.code == 9
-    assert result.stderr == f"thinpool {line.split()[0]}: the dm engine\n"
+    assert result.code == 8
+    assert result.stderr == f"thinpool {line.split()[0]}: {error.message}\n"
 
 
 @pytest.mark.parametrize(

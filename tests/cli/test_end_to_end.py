@@ -417,7 +417,7 @@ WRONG = [
     ("extend-pool nopool", 3),
     ("create-pool p --size 1G", 4),
     ("create-pool new", 2),
-    ("create-pool new --size 1G --engine dm", 9),
+    ("create-pool new --size 1G --engine zfs", 2),
     ("create-pool new --size 1K", 2),
     ("create-pool new --data {dir}/missing --metadata {dir}/missing2", 3),
     ("create-pool new --data {dir}/good.tar --metadata {dir}/empty", 4),

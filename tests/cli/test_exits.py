@@ -14,6 +14,7 @@ from thinpool.cli import exits
 EXPECTED = {
     "failed": 1,
     "closed": 1,
+    "device_mapper": 1,
     "io": 1,
     "limit": 1,
     "no_memory": 1,

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         PoolStatus,
         Progress,
         Removal,
+        Resumed,
         Trim,
         Volume,
     )
@@ -154,7 +155,8 @@ class Thinpool:
             AlreadyExistsError: the name is taken; ``existing`` is that pool's status.
             ForeignDataError: a file or device carries something already.
             BusyError: a file or device is in use.
-            NotThereYetError: the dm engine.
+            UnsupportedHostError, NotPermittedError: the dm engine was asked for, and the kernel
+                lacks it, or this user may not.
         """
         from thinpool.api import pools
 
@@ -276,16 +278,27 @@ class Thinpool:
         self,
         volume: str,
         *,
-        size: int,
+        size: int | None = None,
         fs: str | None = None,
         mkfs_options: Sequence[str] = (),
         labels: Mapping[str, str] | None = None,
+        external_origin: Path | str | None = None,
     ) -> Volume:
         """Make an empty thin volume, with a filesystem if asked.
+
+        Args:
+            volume: its name.
+            size: bytes; the external origin's when None.
+            fs: ``ext4`` or ``xfs``.
+            mkfs_options: added to mkfs's command line.
+            labels: kept with it.
+            external_origin: a block device that is read where nothing was written, and that nobody
+                writes from now on. Its snapshots are over the same.
 
         Raises:
             AlreadyExistsError: ``existing`` is the volume that has the name.
             NoSpaceError: less than min-free is left.
+            UnsupportedHostError: an external origin, and the pool is the user engine's.
         """
         from thinpool.api import volumes
 
@@ -296,6 +309,7 @@ class Thinpool:
             fs=fs,
             mkfs_options=mkfs_options,
             labels=labels or {},
+            origin=external_origin,
         )
 
     def snapshot(
@@ -443,16 +457,13 @@ class Thinpool:
         Raises:
             BusyError: it is active writable and was asked for read-only, or is open otherwise.
             UnsupportedHostError: no FUSE or no loop devices here.
-            NotThereYetError: persist.
         """
         from thinpool.api import volumes
 
-        if persist:
-            raise errors.NotThereYetError(
-                "--persist comes with a later version", what="activate --persist"
-            )
         client, ref = self._session.of(volume)
-        return volumes.activate(client, ref.name, read_only=read_only, owner=owner, mode=mode)
+        return volumes.activate(
+            client, ref.name, read_only=read_only, persist=persist, owner=owner, mode=mode
+        )
 
     def activate_many(self, volumes: Sequence[str], *, read_only: bool = False) -> list[Activation]:
         """Make block devices of several volumes of one pool: all or none.
@@ -468,13 +479,30 @@ class Thinpool:
         client, _, names = self._session.of_all(list(volumes))
         return volume_operations.activate_many(client, names, read_only=read_only)
 
-    def deactivate(self, volume: str) -> Volume:
-        """Take the block device down; fine when there is none.
+    def deactivate(self, volume: str, *, deferred: bool = False) -> Volume:
+        """Take the block device down; fine when there is none. It no longer persists.
+
+        Args:
+            volume: its name.
+            deferred: one that is in use goes when its last user lets go of it.
 
         Raises:
             BusyError: it is mounted or open.
         """
-        return _volume(self._call(volume, "deactivate"))
+        return _volume(self._call(volume, "deactivate", deferred=deferred))
+
+    def resume(self, pool: str | None = None) -> Resumed:
+        """Activate what was activated to persist and is not active, as after a reboot.
+
+        Args:
+            pool: its name; every pool under the root when None.
+
+        Returns:
+            What is active, and why other volumes or pools are not.
+        """
+        from thinpool.api import volumes
+
+        return volumes.resume(self._session, pool)
 
     def mount(
         self,
@@ -534,13 +562,20 @@ class Thinpool:
         ]
 
     def remove(
-        self, volumes: Sequence[str], *, deactivate: bool = False, dry_run: bool = False
+        self,
+        volumes: Sequence[str],
+        *,
+        deactivate: bool = False,
+        deferred: bool = False,
+        dry_run: bool = False,
     ) -> Removal:
         """Remove volumes, all or none; snapshots of them live on.
 
         Args:
             volumes: ``POOL/NAME``, all in one pool.
             deactivate: unmount and deactivate what is active.
+            deferred: also what is in use: names go now, each device and its space when its last
+                user lets go of it.
             dry_run: only say what it would free.
 
         Raises:
@@ -550,7 +585,7 @@ class Thinpool:
         from thinpool.api import volumes as volume_operations
 
         return volume_operations.remove(
-            self._session, volumes, deactivate=deactivate, dry_run=dry_run
+            self._session, volumes, deactivate=deactivate, deferred=deferred, dry_run=dry_run
         )
 
     def rename(self, volume: str, name: str) -> Volume:
@@ -649,6 +684,26 @@ class Thinpool:
         from thinpool.api import care
 
         return care.doctor(self._session, pool)
+
+    def install_units(
+        self, *, units: Path | str | None = None, rules: Path | str | None = None
+    ) -> Sequence[str]:
+        """Write the systemd units and udev rules of this root; returns their paths.
+
+        Args:
+            units: the directory of the units, /etc/systemd/system when None.
+            rules: the directory of the rules, /etc/udev/rules.d when None.
+
+        Raises:
+            NotPermittedError, NotFoundError: a directory cannot be written.
+        """
+        from thinpool.api import care
+
+        return care.install_units(
+            self.root,
+            units=Path(units) if units is not None else None,
+            rules=Path(rules) if rules is not None else None,
+        )
 
     # ---- raw ------------------------------------------------------------------------------
 

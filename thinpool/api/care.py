@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from thinpool import errors
 from thinpool.host import capabilities
+from thinpool.host.failures import failure
 from thinpool.model import CheckReport, DoctorReport, Finding, Progress
 from thinpool.store import poolfile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from thinpool.api.session import Session
 
@@ -153,3 +154,20 @@ def _device_mapper_findings() -> Iterator[Finding]:
         message=reason or "guests' devices are left alone",
         remedy=None if reason is None else f"cp {udev.RULES_PATH} /etc/udev/rules.d/",
     )
+
+
+def install_units(root: Path, *, units: Path | None, rules: Path | None) -> list[str]:
+    """Write systemd units and udev rules."""
+    from thinpool.dm import udev  # noqa: PLC0415 - for this alone
+    from thinpool.host import units as unit_files  # noqa: PLC0415 - likewise
+
+    directory = str(units) if units is not None else unit_files.DIRECTORY
+    written = unit_files.install(str(root.absolute()), directory=directory)
+    target = (rules if rules is not None else Path("/etc/udev/rules.d")) / udev.OWN_RULES
+    text = Path(udev.__file__).with_name(udev.OWN_RULES).read_bytes()
+    try:
+        poolfile.write_atomically(target, text)
+        target.chmod(0o644)
+    except OSError as cause:
+        raise failure(cause, f"cannot write {target}", path=str(target)) from cause
+    return [*written, str(target)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import stat
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar, TypeVarTuple
@@ -13,8 +14,11 @@ from thinpool import errors
 from thinpool.api.session import Session, refuse_taken
 from thinpool.api.workbench import Finished, Workbench
 from thinpool.host import filesystems, mountinfo, mounts
-from thinpool.model import Activation, Mounted, Removal, Trim, Volume
+from thinpool.host.failures import failure
+from thinpool.model import Activation, Mounted, Removal, Resumed, Trim, Volume
 from thinpool.names import parse_ref, same_pool
+from thinpool.store import poolfile
+from thinpool.store.devices import EXTERNAL_ORIGIN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,13 +37,24 @@ def create(
     session: Session,
     volume: str,
     *,
-    size: int,
+    size: int | None,
     fs: str | None,
     mkfs_options: Sequence[str],
     labels: Mapping[str, str],
+    origin: Path | str | None,
 ) -> Volume:
     """Make a volume."""
     client, ref = session.of(volume)
+    if origin is not None:
+        if fs is not None:
+            raise errors.UsageError(
+                "a filesystem is made on an empty volume, not over an external origin", what="fs"
+            )
+        where, bytes_of_origin = external_origin(origin)
+        labels = {**labels, EXTERNAL_ORIGIN: where}
+        size = bytes_of_origin if size is None else size
+    if size is None:
+        raise errors.UsageError("how large shall the volume be? Give --size", what="size")
     if fs is None:
         if mkfs_options:
             raise errors.UsageError("--mkfs-option needs --fs", what="mkfs-option")
@@ -146,6 +161,7 @@ def activate(
     *,
     read_only: bool,
     by_mount: bool = False,
+    persist: bool = False,
     owner: tuple[int, int] | None = None,
     mode: int | None = None,
 ) -> Activation:
@@ -154,6 +170,7 @@ def activate(
         "name": name,
         "read_only": read_only,
         "by_mount": by_mount,
+        "persist": persist,
         "owner": list(owner) if owner is not None else None,
         "mode": mode,
     }
@@ -390,13 +407,66 @@ def _mount_points(device: str) -> list[str]:
 # ---- changes ----------------------------------------------------------------------------------
 
 
-def remove(session: Session, volumes: Sequence[str], *, deactivate: bool, dry_run: bool) -> Removal:
+def resume(session: Session, pool: str | None) -> Resumed:
+    """Activate what was activated to persist."""
+    names = [pool] if pool is not None else poolfile.list_pools(session.root)
+    activations: list[Activation] = []
+    failures: list[errors.ThinpoolError] = []
+    for name in names:
+        try:
+            found = Resumed.from_json(session.client(name).call("resume"))
+        except errors.ThinpoolError as error:
+            if pool is not None:
+                raise
+            failures.append(error)
+            continue
+        activations += found.activations
+        failures += found.failures
+    return Resumed(activations=tuple(activations), failures=tuple(failures))
+
+
+def external_origin(path: Path | str) -> tuple[str, int]:
+    """The absolute path of a block device that is to be an external origin, and its bytes.
+
+    Raises:
+        NotFoundError, NotPermittedError: it cannot be read.
+        UsageError: it is no block device.
+    """
+    where = os.path.abspath(path)  # noqa: PTH100 - a link stays, what it leads to may change
+    try:
+        with Path(where).open("rb") as device:
+            size = device.seek(0, os.SEEK_END)
+            is_device = stat.S_ISBLK(os.fstat(device.fileno()).st_mode)
+    except OSError as cause:
+        raise failure(cause, f"cannot read the external origin {where}", path=where) from cause
+    if not is_device:
+        raise errors.UsageError(
+            f"an external origin is a block device, and {where} is none",
+            what="external origin",
+            value=where,
+        )
+    return where, size
+
+
+def remove(
+    session: Session,
+    volumes: Sequence[str],
+    *,
+    deactivate: bool,
+    deferred: bool,
+    dry_run: bool,
+) -> Removal:
     """Remove volumes."""
     client, _, names = session.of_all(list(volumes))
     if deactivate and not dry_run:
         found = [Volume.from_json(each) for each in client.call("get_many", {"names": names})]
         _unmount_all([each.device for each in found if each.device is not None])
-    arguments = {"names": names, "deactivate": deactivate, "dry_run": dry_run}
+    arguments = {
+        "names": names,
+        "deactivate": deactivate,
+        "deferred": deferred,
+        "dry_run": dry_run,
+    }
     return Removal.from_json(client.call("remove", arguments))
 
 

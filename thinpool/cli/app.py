@@ -46,6 +46,7 @@ COMMANDS: Final = {
     "commit": _AT + "images",
     "activate": _AT + "devices",
     "deactivate": _AT + "devices",
+    "resume": _AT + "devices",
     "mount": _AT + "devices",
     "umount": _AT + "devices",
     "list": _AT + "volumes",
@@ -62,6 +63,7 @@ COMMANDS: Final = {
     "repair": _AT + "later",
     "serve": _AT + "serve",
     "doctor": _AT + "care",
+    "install": _AT + "host",
     "bench": _AT + "bench",
     "completion": _AT + "shells",
 }

@@ -7,10 +7,11 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Protocol, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
     from types import TracebackType
 
+    from thinpool.engine.bdev import BlockDevice
     from thinpool.model import VolumeId
 
 SECTOR = 512
@@ -208,8 +209,15 @@ class PoolBackend(Protocol):
         """One of them."""
         ...
 
-    def open_volume(self, volume_id: VolumeId, *, size: int, read_only: bool = False) -> VolumeIO:
-        """Open one; twice is BusyError."""
+    def open_volume(
+        self,
+        volume_id: VolumeId,
+        *,
+        size: int,
+        read_only: bool = False,
+        origin: BlockDevice | None = None,
+    ) -> VolumeIO:
+        """Open one; twice is BusyError. Where nothing is mapped it reads as the external origin."""
         ...
 
     def resize_data(self, blocks: int) -> None:
@@ -242,6 +250,14 @@ class PoolBackend(Protocol):
 
     def punch_some(self, max_blocks: int) -> int:
         """Return the host space of so many freed blocks; how many are left to do."""
+        ...
+
+    def on_event(self, callback: Callable[[], None]) -> None:
+        """Have a function called when the mode or low water changes, where the pool announces it.
+
+        It is called in a thread of the pool's, until that is closed. A pool that announces nothing
+        has to be looked at now and then.
+        """
         ...
 
     def wait_event(self, sequence: int, *, timeout_ms: int) -> int:

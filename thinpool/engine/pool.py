@@ -20,7 +20,7 @@ from thinpool.model import VolumeId
 
 if TYPE_CHECKING:
     import mmap
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from thinpool.engine.bdev import BlockDevice
 
@@ -169,6 +169,9 @@ class Pool(Handle):
         """Metadata on disk that is committed, and does not change while no volume is written."""
         self.commit()
         yield
+
+    def on_event(self, callback: Callable[[], None]) -> None:
+        """Nothing: whoever looks at the status now and then sees the same."""
 
     def wait_event(self, sequence: int, *, timeout_ms: int) -> int:
         """Wait until the mode, low water or the set of volumes changes; the new sequence."""

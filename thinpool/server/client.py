@@ -24,6 +24,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from thinpool import errors
+from thinpool.host import units
 from thinpool.server import protocol
 from thinpool.server.control import error_from_wire
 from thinpool.server.raw import VolumeHandle
@@ -257,7 +258,14 @@ class PoolClient:
             self._start()
 
     def _start(self) -> None:
-        """Run a supervisor; it goes to the background and says when its worker answers."""
+        """Run a supervisor; it goes to the background and says when its worker answers.
+
+        Where systemd has a unit for it, systemd does. Where that fails, what keeps the server from
+        starting is said by one that is started here.
+        """
+        unit = units.server_unit(str(self._root.absolute()), self._pool)
+        if unit is not None and units.start(unit, timeout=max(self._timeout, _START_S)):
+            return
         command = [sys.executable, "-P", "-m", "thinpool.server.supervisor", "--detach"]
         command += ["--root", str(self._root.absolute()), "--pool", self._pool]
         deadline = time.monotonic() + self._timeout

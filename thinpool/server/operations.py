@@ -200,6 +200,7 @@ def _remove(service: PoolService, given: Arguments, caller: Caller) -> Json:
     return service.remove(
         given.texts("names"),
         deactivate=given.flag("deactivate"),
+        deferred=given.flag("deferred"),
         dry_run=given.flag("dry_run"),
         caller=caller,
     ).to_json()
@@ -210,6 +211,7 @@ def _activate(service: PoolService, given: Arguments, caller: Caller) -> Json:
         given.text("name"),
         read_only=given.flag("read_only"),
         by_mount=given.flag("by_mount"),
+        persist=given.flag("persist"),
         owner=given.owner(),
         mode=given.optional_number("mode"),
         lease=given.optional_text("lease"),
@@ -233,9 +235,14 @@ def _deactivate(service: PoolService, given: Arguments, caller: Caller) -> Json:
     return service.deactivate(
         given.text("name"),
         if_by_mount=given.flag("if_by_mount"),
+        deferred=given.flag("deferred"),
         lease=given.optional_text("lease"),
         caller=caller,
     ).to_json()
+
+
+def _resume(service: PoolService, _: Arguments, __: Caller) -> Json:
+    return service.resume().to_json()
 
 
 def _configure(service: PoolService, given: Arguments, caller: Caller) -> Json:
@@ -286,6 +293,7 @@ OPERATIONS: Final[Mapping[str, Callable[[PoolService, Arguments, Caller], Any]]]
     "activate": _activate,
     "activate_many": _activate_many,
     "deactivate": _deactivate,
+    "resume": _resume,
     "configure": _configure,
     "extend": _extend,
     "finish_creation": _finish_creation,

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-VERSION: Final = 1
+VERSION: Final = 2
 REQUEST_AGE_S: Final = 600.0
 _CHECKPOINT_PAGES: Final = 64
 """The log is begun anew after so many, 256 KiB."""
@@ -105,6 +105,15 @@ CREATE TEMP TRIGGER volume_deleted AFTER DELETE ON main.volumes
 BEGIN INSERT INTO changed VALUES (old.id); END;
 """
 """Which rows changed since that was asked last. In memory, and undone with what is undone."""
+
+
+_SINCE_2: Final = """
+CREATE TABLE persistent (
+    id INTEGER PRIMARY KEY REFERENCES volumes (id) ON DELETE CASCADE,
+    read_only INTEGER NOT NULL,
+    settings TEXT NOT NULL
+) STRICT;
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +192,21 @@ class ActivationRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PersistentRecord:
+    """A row of persistent: a volume that is to be active again after a reboot.
+
+    Attributes:
+        id: of the volume.
+        read_only: so activated.
+        settings: owner and mode of the device node.
+    """
+
+    id: VolumeId
+    read_only: bool
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Intent:
     """A change of the pool that was decided.
 
@@ -230,7 +254,7 @@ class Catalogue:
             if version == 0:
                 self.is_new = True
                 self._db.executescript(
-                    f"BEGIN IMMEDIATE;{_TABLES}PRAGMA user_version = {VERSION};COMMIT;"
+                    f"BEGIN IMMEDIATE;{_TABLES}{_SINCE_2}PRAGMA user_version = {VERSION};COMMIT;"
                 )
             elif version > VERSION:
                 raise errors.UnsupportedFormatError(
@@ -242,6 +266,10 @@ class Catalogue:
                 )
             else:
                 self.is_new = False
+                if version < VERSION:
+                    self._db.executescript(
+                        f"BEGIN IMMEDIATE;{_SINCE_2}PRAGMA user_version = {VERSION};COMMIT;"
+                    )
             self._db.execute("CREATE INDEX IF NOT EXISTS requests_by_age ON requests (made)")
             self._db.execute("PRAGMA temp_store = MEMORY")
             self._db.executescript(_CHANGED)
@@ -498,6 +526,33 @@ class Catalogue:
             first = int(self.get("generation") or 0) + 1
             self.put("generation", str(first + count - 1))
             return range(first, first + count)
+
+    # ---- what persists ----------------------------------------------------------------------
+
+    def persistent(self) -> list[PersistentRecord]:
+        """What is to be active again after a reboot."""
+        return [
+            PersistentRecord(
+                id=VolumeId(row["id"]),
+                read_only=bool(row["read_only"]),
+                settings=json.loads(row["settings"]),
+            )
+            for row in self._rows("SELECT * FROM persistent ORDER BY id")
+        ]
+
+    def put_persistent(self, record: PersistentRecord) -> None:
+        """Add or replace one."""
+        with self.transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO persistent VALUES (?, ?, ?)",
+                (record.id, int(record.read_only), json.dumps(record.settings)),
+            )
+
+    def delete_persistent(self, volume_id: int) -> None:
+        """Drop one, if there is one."""
+        if self._rows("SELECT id FROM persistent WHERE id = ?", (volume_id,)):
+            with self.transaction() as db:
+                db.execute("DELETE FROM persistent WHERE id = ?", (volume_id,))
 
     # ---- intents ----------------------------------------------------------------------------
 

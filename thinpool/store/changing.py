@@ -22,6 +22,8 @@ from thinpool.store.core import ANYONE, Caller, PoolCore
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from thinpool.model import VolumeId
+
 logger = logging.getLogger(__name__)
 
 SETTABLE: Final[dict[str, tuple[type, ...]]] = {
@@ -186,10 +188,20 @@ class Changing(PoolCore):
         names: Sequence[str],
         *,
         deactivate: bool = False,
+        deferred: bool = False,
         dry_run: bool = False,
         caller: Caller = ANYONE,
     ) -> Removal:
-        """Remove volumes, all or none."""
+        """Remove volumes, all or none.
+
+        Args:
+            names: of the volumes.
+            deactivate: also active ones that nobody uses.
+            deferred: also those whose device is in use: the names go now, each device and its
+                space when its last user lets go of it.
+            dry_run: only say what it would free.
+            caller: who asks.
+        """
         if self._done_before(caller) is not None:
             return Removal(removed=(), freed=0, dry_run=False)
         records = [self._find(name) for name in dict.fromkeys(names)]
@@ -204,14 +216,29 @@ class Changing(PoolCore):
         with self._locks.hold(*ids, operation="remove", timeout=caller.timeout):
             records = [self._find(name) for name in dict.fromkeys(names)]
             for record in records:
-                self._refuse_in_use(record, but_device=deactivate)
-            if deactivate:
-                for record in records:
-                    self._deactivate(record)
+                self._refuse_in_use(record, but_device=deactivate or deferred)
             volumes = tuple(self._volume(record) for record in records)
+            leaving: set[VolumeId] = set()
+            if deactivate or deferred:
+                for record in records:
+                    if not self._deactivate(record, deferred=deferred):
+                        leaving.add(record.id)
             with self._lock.hold(timeout=caller.timeout):
+                if leaving:
+                    return self._remove_later(records, volumes, caller=caller)
                 before = self._pool.status().data_blocks_used
                 self._delete_now(records, request=caller.request)
                 after = self._pool.status().data_blocks_used
         freed = max(before - after, 0) * self._config.block_size
         return Removal(removed=volumes, freed=freed, dry_run=False)
+
+    def _remove_later(
+        self, records: Sequence[Record], volumes: tuple[Volume, ...], *, caller: Caller
+    ) -> Removal:
+        """The names go; the background deletes each volume when its device is gone."""
+        gone = [record for record in records if record.state == MISSING]
+        there = [record for record in records if record.state != MISSING]
+        for record in there:
+            self._devices.unlink(record)
+        self._decide_removal(gone, there, request=caller.request)
+        return Removal(removed=volumes, freed=0, dry_run=False)

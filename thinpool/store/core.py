@@ -13,7 +13,7 @@ import contextlib
 import logging
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol
 
 from thinpool import errors
@@ -59,6 +59,8 @@ _BIG_DELETE_BLOCKS: Final = 1 << 17
 DEFAULT_TIMEOUT_S: Final = 30.0
 HIDDEN: Final = "."
 HELD_KEY: Final = "metadata_snapshot"
+LEAVING: Final = "leaving"
+"""A setting of activations whose device goes when its last user lets go of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -393,7 +395,7 @@ class PoolCore:
     def _apply_low_water(self) -> None:
         status = self._pool.status()
         total = status.data_blocks_total * status.data_block_size
-        blocks = self._config.low_water_bytes(total) // status.data_block_size
+        blocks = self._config.event_bytes(total) // status.data_block_size
         self._pool.set_low_water(blocks)
 
     def _names_changed(self) -> None:
@@ -467,12 +469,18 @@ class PoolCore:
 
     # ---- taking down ------------------------------------------------------------------------
 
-    def _deactivate(self, record: Record) -> None:
+    def _deactivate(self, record: Record, *, deferred: bool = False) -> bool:
+        """Take a device down, or have it go later; whether it is gone."""
         activation = self._catalogue.activation(record.id)
         if activation is None:
-            return
+            return True
         self._refuse_in_use(record, but_device=True)
-        self._devices.detach(record)
+        if self._devices.detach(record, deferred=deferred):
+            return True
+        settings = {**activation.settings, LEAVING: True}
+        self._catalogue.put_activations([replace(activation, settings=settings)])
+        self._wake.set()
+        return False
 
     # ---- readers of mappings ----------------------------------------------------------------
 

@@ -132,6 +132,9 @@ class Devices(ABC):
         catalogue: where activations are recorded.
     """
 
+    reads_origins: ClassVar[bool] = False
+    """A volume may have an external origin."""
+
     suspends: ClassVar[bool] = False
     """The engine itself brings an active origin to rest, its filesystem too, for a snapshot."""
 
@@ -174,6 +177,14 @@ class Devices(ABC):
 
         Raises:
             BusyError: it is mounted or open; everything stays.
+        """
+
+    @abstractmethod
+    def keep(self, record: Record) -> None:
+        """Let a device stay that was to go when its last user lets go of it.
+
+        Raises:
+            BusyError: it is going.
         """
 
     @abstractmethod
@@ -245,6 +256,10 @@ class Devices(ABC):
             by_mount=wanted.by_mount,
             settings={"owner": wanted.owner, "mode": wanted.mode},
         )
+
+    def unlink(self, record: Record) -> None:
+        """Take the link of a volume away, whose device stays for those that have it open."""
+        self._run.unlink_device(self._pool, record.name)
 
     def _hand_out(self, record: Record, node: str, wanted: Wanted) -> None:
         """Let its owner use a node, and a link lead to it."""
@@ -454,6 +469,9 @@ class LoopDevices(Devices):
                 self._served.remove(record.id)
         self._catalogue.delete_activations([record.id])
         return True
+
+    def keep(self, record: Record) -> None:
+        """Nothing: it is a server that tries to take it down, not the kernel."""
 
     def _standing(self, activation: ActivationRecord) -> loop.LoopDevice | None:
         """The loop device, if it is still the one that was attached."""

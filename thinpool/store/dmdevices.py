@@ -42,6 +42,7 @@ class DmDevices(Devices):
         kernel: the open pool.
     """
 
+    reads_origins: ClassVar[bool] = True
     suspends: ClassVar[bool] = True
 
     def __init__(self, root: Path, pool: str, catalogue: Catalogue, kernel: DmPool) -> None:
@@ -116,6 +117,10 @@ class DmDevices(Devices):
         self._catalogue.delete_activations([record.id])
         reached("deactivation-recorded")
         return True
+
+    def keep(self, record: Record) -> None:
+        """Let a device stay that was to go when its last user lets go of it."""
+        self._kernel.keep_device(record.id)
 
     # ---- after a crash ----------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from thinpool.store.catalogue import (
     Record,
 )
 from thinpool.store.core import ANYONE, HIDDEN, Caller
+from thinpool.store.devices import EXTERNAL_ORIGIN
 from thinpool.store.leases import Leases
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Making(Leases):
         """Make an empty volume; hidden, under a lease, when it has no name yet."""
         self._check_size(size)
         self._check_lease(lease)
+        self._check_origin(name, labels or {})
         with self._lock.hold(timeout=caller.timeout):
             if (done := self._done_before(caller)) is not None:
                 return self._repeat(done)
@@ -104,6 +106,16 @@ class Making(Leases):
             change = Change(kind=ChangeKind.CREATE, id=record.id)
             self._apply("create", [change], insert=[record], request=caller.request)
         return self._volume(record)
+
+    def _check_origin(self, name: str | None, labels: Mapping[str, str]) -> None:
+        origin = labels.get(EXTERNAL_ORIGIN)
+        if origin is not None and not self._devices.reads_origins:
+            raise errors.UnsupportedHostError(
+                f"{name or 'a volume'} over {origin}: devices of the user engine have no external "
+                "origin; a pool of the dm engine has them",
+                missing="external origins",
+                path=origin,
+            )
 
     def snapshot(
         self,
@@ -236,7 +248,7 @@ class Making(Leases):
                 size=size,
                 read_only=read_only,
                 filesystem=origin.filesystem,
-                labels=labels,
+                labels=_over_the_same(origin, labels or {}),
                 lease=lease,
                 consistency=how,
             )
@@ -387,7 +399,7 @@ class Making(Leases):
                             name=item.publish_as,
                             kind=item.kind,
                             read_only=item.read_only,
-                            labels=dict(item.labels),
+                            labels=_over_the_same(record, item.labels),
                             filesystem=item.filesystem,
                             state=READY,
                             lease=None,
@@ -406,6 +418,13 @@ class Making(Leases):
             record = self._find(name, lease=lease)
             self._refuse_in_use(record)
             return self._volume(self._catalogue.update(record, read_only=True))
+
+
+def _over_the_same(origin: Record, labels: Mapping[str, str]) -> dict[str, str]:
+    """A snapshot's labels: without its origin's external one it would read zeros there."""
+    external = origin.labels.get(EXTERNAL_ORIGIN)
+    kept = {key: value for key, value in labels.items() if key != EXTERNAL_ORIGIN}
+    return kept if external is None else {**kept, EXTERNAL_ORIGIN: external}
 
 
 def _kind_of_snapshot(origin: Record, *, read_only: bool) -> Kind:

@@ -66,7 +66,7 @@ def pool_options(config: PoolConfig, *, data_size: int) -> PoolOptions:
         no_space_timeout_ms=config.no_space_timeout_ms,
         discard_mode=DiscardMode.PASSDOWN,
         read_only=config.read_only,
-        low_water_blocks=config.low_water_bytes(data_size) // config.block_size,
+        low_water_blocks=config.event_bytes(data_size) // config.block_size,
     )
 
 

@@ -31,6 +31,7 @@ READY: Final = "ready"
 
 DEFAULT_TIMEOUT_MS: Final = 60_000
 _LOW_WATER_DIVISOR: Final = 20
+_PERCENT: Final = 100.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +79,13 @@ class PoolConfig:
     def low_water_bytes(self, total: int) -> int:
         """What low water is, of so many bytes of data."""
         return self.low_water if self.low_water is not None else total // _LOW_WATER_DIVISOR
+
+    def event_bytes(self, total: int) -> int:
+        """Free bytes of data at which the pool says so: low water, or when it is to grow."""
+        if self.autoextend_threshold <= 0:
+            return self.low_water_bytes(total)
+        threshold = int(total * (_PERCENT - self.autoextend_threshold) / _PERCENT)
+        return max(self.low_water_bytes(total), threshold)
 
     def changed(self, **values: Any) -> Self:  # noqa: ANN401 - each field's own type
         """A copy with other values."""

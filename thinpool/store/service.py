@@ -26,7 +26,7 @@ from thinpool.store.catalogue import (
     MISSING,
 )
 from thinpool.store.changing import Changing
-from thinpool.store.core import DEFAULT_TIMEOUT_S
+from thinpool.store.core import DEFAULT_TIMEOUT_S, LEAVING
 from thinpool.store.leases import LEASE_GRACE_S
 from thinpool.store.making import Making
 from thinpool.store.namescopy import NamesCopy, copy_path, find_copy, read_copy
@@ -67,6 +67,7 @@ class PoolService(Making, Changing, Using):
         self._background = threading.Thread(target=self._work, name="store", daemon=True)
         self._background.start()
         self._names_changed()
+        self._pool.on_event(self._event)
 
     def _names_copied(self) -> Mapping[VolumeId, Record]:
         """What the copy of the names says, if it is this pool's."""
@@ -107,6 +108,7 @@ class PoolService(Making, Changing, Using):
                 self._safely("the copy of the names", self._write_copy)
             self._safely("unfinished work of ended clients", self._expire_leases)
             self._safely("growing the pool", self._autoextend)
+            self._safely("devices that were to go", self._finish_leaving)
             self._safely("unfinished removals", self._finish_removals)
             unfinished = self._is_unfinished()
 
@@ -119,6 +121,8 @@ class PoolService(Making, Changing, Using):
             if any(until != float("inf") for until in self._leases.values()):
                 return True
         if self._catalogue.count(DELETING):
+            return True
+        if any(each.settings.get(LEAVING) for each in self._catalogue.activations()):
             return True
         return any(record.lease not in held for record in self._catalogue.records(BUILDING))
 
@@ -142,6 +146,15 @@ class PoolService(Making, Changing, Using):
             self._copy_due.set()  # the next round tries again
             raise failure(cause, "the copy of the names could not be written") from cause
 
+    def _event(self) -> None:
+        """The pool's mode or its low water changed: what is to be done is done now."""
+        if self._stop.is_set():
+            return
+        status = self._pool.status()
+        free = (status.data_blocks_total - status.data_blocks_used) * status.data_block_size
+        logger.info("the pool is %s, %s bytes of data are free", status.mode.name, free)
+        self._safely("growing the pool", self._autoextend)
+
     def _autoextend(self) -> None:
         with self._lock.hold(timeout=DEFAULT_TIMEOUT_S):
             data, metadata = space.autoextend(
@@ -151,13 +164,26 @@ class PoolService(Making, Changing, Using):
             logger.info("grew the pool: data %s, metadata %s", data, metadata)
             self._apply_low_water()
 
+    def _finish_leaving(self) -> None:
+        """Record the end of devices whose last user let go of them."""
+        for found in self._catalogue.activations():
+            if not found.settings.get(LEAVING):
+                continue
+            with self._locks.hold(found.id, operation="deactivate", timeout=DEFAULT_TIMEOUT_S):
+                activation = self._catalogue.activation(found.id)
+                record = self._catalogue.by_id(found.id)
+                if activation is None or record is None or not activation.settings.get(LEAVING):
+                    continue  # it is gone, or wanted again
+                self._devices.detach(record, deferred=True)
+
     def _finish_removals(self) -> None:
         for found in self._catalogue.records(DELETING):
             with self._lock.hold(timeout=DEFAULT_TIMEOUT_S):
                 record = self._catalogue.by_id(found.id)
                 if record is None or record.state != DELETING:
                     continue  # somebody else was faster
-                if self._volumes.users(record.id) == 0:
+                active = self._catalogue.activation(record.id) is not None
+                if not active and self._volumes.users(record.id) == 0:
                     self._delete_now([record], request=None)
 
     # ---- care -------------------------------------------------------------------------------

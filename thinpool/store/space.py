@@ -254,7 +254,11 @@ def _grow_device(device: BlockDevice, path: str, size: int, *, allocated: bool =
 def autoextend(
     config: PoolConfig, pool: PoolBackend, *, data: BlockDevice, metadata: BlockDevice
 ) -> tuple[int | None, int | None]:
-    """Grow a file-backed pool that is fuller than its threshold; what it grew to, in bytes."""
+    """Grow a pool that is fuller than its threshold; what it grew to, in bytes.
+
+    A file grows as far as the host's disk has room. A device is not made larger here, but what it
+    has more than the pool uses is taken.
+    """
     threshold = config.autoextend_threshold
     if threshold <= 0 or config.read_only:
         return None, None
@@ -263,6 +267,7 @@ def autoextend(
         return None, None
     grown_data = _step(
         config,
+        data,
         config.data,
         used=status.data_blocks_used,
         total=status.data_blocks_total,
@@ -270,6 +275,7 @@ def autoextend(
     )
     grown_metadata = _step(
         config,
+        metadata,
         config.metadata,
         used=status.metadata_blocks_used,
         total=status.metadata_blocks_total,
@@ -291,14 +297,18 @@ def autoextend(
     return grown_data, grown_metadata
 
 
-def _step(config: PoolConfig, path: str, *, used: int, total: int, unit: int) -> int | None:
-    """The next size in bytes, if it is time and the host's disk has the room."""
+def _step(
+    config: PoolConfig, device: BlockDevice, path: str, *, used: int, total: int, unit: int
+) -> int | None:
+    """The next size in bytes, if it is time and there is room below."""
     if _PERCENT * used < config.autoextend_threshold * total:
         return None
+    more = max(1, int(total * config.autoextend_percent / _PERCENT)) * unit
     free = host_free(path)
     if free is None:
-        return None
-    more = max(1, int(total * config.autoextend_percent / _PERCENT)) * unit
+        device.resize(0)  # to what it has by now
+        most = device.size // unit * unit
+        return min(total * unit + more, most) if most > total * unit else None
     if free < more + _HOST_RESERVE:
         return None
     return total * unit + more

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from thinpool import errors
-from thinpool.model import (
-    Activation,
-    Volume,
-)
-from thinpool.store.core import ANYONE, Caller, PoolCore
+from thinpool.model import Activation, Resumed, Volume
+from thinpool.store.catalogue import READY, PersistentRecord
+from thinpool.store.core import ANYONE, LEAVING, Caller, PoolCore
 from thinpool.store.devices import EXTERNAL_ORIGIN, Wanted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from thinpool import engine
-    from thinpool.store.catalogue import (
-        Record,
-    )
+    from thinpool.store.catalogue import Record
     from thinpool.store.devices import Device
 
 logger = logging.getLogger(__name__)
@@ -37,22 +34,38 @@ class Using(PoolCore):
         *,
         read_only: bool = False,
         by_mount: bool = False,
+        persist: bool = False,
         owner: tuple[int, int] | None = None,
         mode: int | None = None,
         lease: str | None = None,
         caller: Caller = ANYONE,
     ) -> Activation:
-        """Make a block device of a volume; of an active one, answer what it is."""
+        """Make a block device of a volume; of an active one, answer what it is.
+
+        Args:
+            name: of the volume.
+            read_only: a device that takes no writes.
+            by_mount: mount asks, so the last umount takes it down.
+            persist: resume() brings it back after a reboot.
+            owner: who owns the node.
+            mode: of the node.
+            lease: that the volume is built under.
+            caller: who asks.
+        """
         record = self._present(name, lease=lease)
         with self._locks.hold(record.id, operation="activate", timeout=caller.timeout):
             record = self._present(name, lease=lease)
             read_only = self._sealed(record, read_only)
-            if self._catalogue.activation(record.id) is not None:
+            if self._is_active(record):
                 device = self._stands_as(record, read_only=read_only)
+                if persist:
+                    self._persist(record, read_only=read_only, owner=owner, mode=mode)
                 return _activation(self._volume(record), device, already=True)
             self._refuse_in_use(record)
             wanted = self._wanted(record, read_only, by_mount=by_mount, owner=owner, mode=mode)
             device = self._devices.attach(record, wanted)
+            if persist:
+                self._persist(record, read_only=read_only, owner=owner, mode=mode)
         # What was made just now is mounted nowhere: looking would cost more than making it.
         return _activation(self._volume(record, mounts={}), device, already=False)
 
@@ -75,7 +88,7 @@ class Using(PoolCore):
         ids = [record.id for record in records.values()]
         with self._locks.hold(*ids, operation="activate", timeout=caller.timeout):
             records = {name: self._present(name) for name in names}
-            active = {each.id for each in self._catalogue.activations()}
+            active = {record.id for record in records.values() if self._is_active(record)}
             idle = [record for record in records.values() if record.id not in active]
             standing = [record for record in records.values() if record.id in active]
             devices = {
@@ -138,29 +151,83 @@ class Using(PoolCore):
                 holder=device.path,
                 device=device.path,
             )
+        if existing.settings.get(LEAVING):  # it is wanted again
+            self._devices.keep(record)
+            settings = {**existing.settings, LEAVING: False}
+            self._catalogue.put_activations([replace(existing, settings=settings)])
         return device
+
+    def _is_active(self, record: Record) -> bool:
+        """Whether it has a device; one that was to go when its users let go may have gone."""
+        activation = self._catalogue.activation(record.id)
+        if activation is None:
+            return False
+        if activation.settings.get(LEAVING):
+            return not self._devices.detach(record, deferred=True)
+        return True
+
+    def _persist(
+        self,
+        record: Record,
+        *,
+        read_only: bool,
+        owner: tuple[int, int] | None,
+        mode: int | None,
+    ) -> None:
+        settings = {"owner": owner, "mode": mode}
+        self._catalogue.put_persistent(
+            PersistentRecord(id=record.id, read_only=read_only, settings=settings)
+        )
+
+    def resume(self) -> Resumed:
+        """Activate what was activated to persist, and is not active, as after a reboot."""
+        activations = []
+        failures = []
+        for wanted in self._catalogue.persistent():
+            record = self._catalogue.by_id(wanted.id)
+            if record is None or record.state != READY:
+                continue
+            owner = wanted.settings.get("owner")
+            try:
+                activations.append(
+                    self.activate(
+                        record.name,
+                        read_only=wanted.read_only,
+                        persist=True,
+                        owner=(owner[0], owner[1]) if owner is not None else None,
+                        mode=wanted.settings.get("mode"),
+                    )
+                )
+            except errors.ThinpoolError as error:
+                logger.warning("%s could not be activated: %s", record.name, error.message)
+                failures.append(error)
+        return Resumed(activations=tuple(activations), failures=tuple(failures))
 
     def deactivate(
         self,
         name: str,
         *,
         if_by_mount: bool = False,
+        deferred: bool = False,
         lease: str | None = None,
         caller: Caller = ANYONE,
     ) -> Volume:
-        """Take the device down; fine when there is none.
+        """Take the device down; fine when there is none. It does not come back after a reboot.
 
         Args:
             name: of the volume.
             if_by_mount: only when mount had activated it.
+            deferred: one that is in use goes when its last user lets go of it.
             lease: that it is built under.
             caller: who asks.
         """
         record = self._find(name, lease=lease)
         with self._locks.hold(record.id, operation="deactivate", timeout=caller.timeout):
             activation = self._catalogue.activation(record.id)
+            if not if_by_mount:
+                self._catalogue.delete_persistent(record.id)
             if activation is not None and (activation.by_mount or not if_by_mount):
-                self._deactivate(record)
+                self._deactivate(record, deferred=deferred)
         return self._volume(record)
 
     # ---- raw --------------------------------------------------------------------------------

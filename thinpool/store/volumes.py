@@ -7,11 +7,13 @@ active volume share the one that is served as a file, which has its own writer: 
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from thinpool import errors
+from thinpool.engine import BlockDevice
+from thinpool.store.devices import EXTERNAL_ORIGIN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,6 +30,14 @@ class _Shared:
     owned: bool
     users: int = 0
     writer: str | None = None
+    origin: BlockDevice | None = None
+
+    def close(self) -> None:
+        """Let go of what is its own."""
+        if self.owned:
+            self.volume.close()
+        if self.origin is not None:
+            self.origin.close()
 
 
 class OpenVolumes:
@@ -75,8 +85,17 @@ class OpenVolumes:
         if active is not None:
             volume, owned = active
             return _Shared(volume=volume, owned=owned)
-        volume = self._pool.open_volume(record.id, size=record.size, read_only=sealed)
-        return _Shared(volume=volume, owned=True)
+        external = record.labels.get(EXTERNAL_ORIGIN)
+        if external is None:
+            volume = self._pool.open_volume(record.id, size=record.size, read_only=sealed)
+            return _Shared(volume=volume, owned=True)
+        with ExitStack() as undo:
+            origin = undo.enter_context(BlockDevice.open_file(external, read_only=True))
+            volume = self._pool.open_volume(
+                record.id, size=record.size, read_only=sealed, origin=origin
+            )
+            undo.pop_all()
+        return _Shared(volume=volume, owned=True, origin=origin)
 
     def release(self, volume_id: VolumeId, *, writer: str | None) -> None:
         """Undo acquire."""
@@ -87,8 +106,7 @@ class OpenVolumes:
                 shared.writer = None
             if shared.users == 0:
                 del self._open[volume_id]
-                if shared.owned:
-                    shared.volume.close()
+                shared.close()
 
     @contextmanager
     def using(self, record: Record, *, writer: str | None = None) -> Iterator[VolumeIO]:
@@ -126,6 +144,5 @@ class OpenVolumes:
         """Close all of them, users or not: the server ends."""
         with self._lock:
             for shared in self._open.values():
-                if shared.owned:
-                    shared.volume.close()
+                shared.close()
             self._open.clear()

@@ -10,7 +10,7 @@ import click
 from thinpool.cli import exits
 from thinpool.cli.command import command
 from thinpool.cli.commands.volumes import changed
-from thinpool.cli.params import MODE, OWNER, VOLUME
+from thinpool.cli.params import MODE, OWNER, POOL, VOLUME
 
 if TYPE_CHECKING:
     from thinpool.cli.session import Session
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     exits={
         exits.BUSY: "it is active writable and was asked for read-only, or in use otherwise",
         exits.NOT_PERMITTED: "not root, or no FUSE or loop devices here",
-        exits.NOT_THERE_YET: "--persist",
     },
     examples=[
         ("dev=$(thinpool activate p/c1)", "A block device:"),
         ("thinpool activate p/vm --owner 1000:1000", "One that a user's QEMU may open:"),
+        ("thinpool activate p/db --persist", "One that 'thinpool resume' brings back at boot:"),
     ],
 )
 @click.argument("volume", type=VOLUME, metavar="POOL/NAME")
 @click.option("--read-only", is_flag=True, help="A device that cannot be written.")
-@click.option("--persist", is_flag=True, help="Bring it back after a reboot.")
+@click.option("--persist", is_flag=True, help="'thinpool resume' brings it back, at boot.")
 @click.option("--owner", type=OWNER, metavar="UID:GID", help="Who owns the device node.")
 @click.option("--mode", type=MODE, metavar="MODE", help="Its permission bits, such as 0660.")
 @click.pass_obj
@@ -58,13 +58,44 @@ def activate(
 @command(
     "deactivate",
     exits={exits.BUSY: "it is mounted or open"},
-    examples=[("thinpool deactivate p/c1", "Take the device down:")],
+    examples=[
+        ("thinpool deactivate p/c1", "Take the device down:"),
+        ("thinpool deactivate p/c1 --deferred", "Or let it go when its last user does:"),
+    ],
 )
 @click.argument("volume", type=VOLUME, metavar="POOL/NAME")
+@click.option("--deferred", is_flag=True, help="One that is in use goes when it is closed.")
 @click.pass_obj
-def deactivate(session: Session, *, volume: str) -> None:
-    """Take a volume's block device down; fine when there is none."""
-    changed(session, session.api.deactivate(volume))
+def deactivate(session: Session, *, volume: str, deferred: bool) -> None:
+    """Take a volume's block device down; fine when there is none.
+
+    It does not come back at boot any more, if it was activated with --persist.
+    """
+    changed(session, session.api.deactivate(volume, deferred=deferred))
+
+
+@command(
+    "resume",
+    exits={exits.FAILED: "a volume or a pool could not be brought back; the others were"},
+    examples=[
+        ("thinpool resume", "At boot, for every pool under the root:"),
+        ("thinpool resume p", "For one:"),
+    ],
+)
+@click.argument("pool", type=POOL, required=False)
+@click.pass_obj
+def resume(session: Session, *, pool: str | None) -> int:
+    """Activate again what was activated with --persist.
+
+    What is active already stays as it is. 'thinpool install' makes the host do this at boot.
+    """
+    found = session.api.resume(pool)
+    lines = [f"{each.volume}: {each.device or each.file}" for each in found.activations]
+    session.done(found.to_json, lambda: "\n".join(lines))
+    if not session.json:
+        for failure in found.failures:
+            click.echo(f"thinpool resume: {failure.message}", err=True)
+    return exits.FAILED if found.failures else exits.DONE
 
 
 @command(
@@ -137,4 +168,6 @@ def trim(session: Session, *, volume: str) -> None:
     session.done(found.to_json, lambda: f"{found.volume}: trimmed {format_size(found.trimmed)}")
 
 
-COMMANDS: Final = {str(each.name): each for each in (activate, deactivate, mount, umount, trim)}
+COMMANDS: Final = {
+    str(each.name): each for each in (activate, deactivate, resume, mount, umount, trim)
+}

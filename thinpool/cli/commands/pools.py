@@ -19,8 +19,9 @@ SETTINGS: Final = {
     "when-full": "queue or error",
     "min-free": "percent below which nothing new is made",
     "low-water": "free space below which the pool warns and extends itself: a size or a percent",
-    "autoextend-threshold": "percent used at which a pool in files grows; 0 for never",
+    "autoextend-threshold": "percent used at which a pool grows; 0 for never",
     "autoextend-percent": "by how many percent it grows",
+    "engine": "user, dm or auto, of a pool of which nothing is active",
 }
 
 _ENGINE = click.Choice(["auto", "user", "dm"])
@@ -48,7 +49,7 @@ def _summary(pool: PoolStatus) -> str:
     "create-pool",
     exits={
         exits.EXISTS: "the pool exists already, or a file or device carries something: see --force",
-        exits.NOT_THERE_YET: "the dm engine",
+        exits.NOT_PERMITTED: "the dm engine was asked for, and this host or user cannot have it",
     },
     examples=[
         ("thinpool create-pool p --size 100G", "A pool in sparse files under the root:"),
@@ -88,7 +89,7 @@ def _summary(pool: PoolStatus) -> str:
     default="auto",
     show_default=True,
     help="Who serves it: 'user' is thinpool's own engine, 'dm' the kernel's device-mapper; 'auto' "
-    "is decided once and recorded.",
+    "is dm where the kernel has it, decided once and recorded.",
 )
 @click.option(
     "--base-size",
@@ -308,9 +309,11 @@ def set_(session: Session, *, pool: str, settings: tuple[tuple[str, str], ...]) 
     min-free              percent below which nothing new is made
     low-water             free space below which the pool warns and
                           extends itself: a size or a percent
-    autoextend-threshold  percent used at which a pool in files grows;
-                          0 for never
+    autoextend-threshold  percent used at which a pool grows, in files,
+                          or to what its device has; 0 for never
     autoextend-percent    by how many percent it grows
+    engine                user, dm or auto: who serves it from now on, of
+                          a pool of which nothing is active
     """
     changed = session.api.set(pool, dict(settings))
     text = ", ".join(f"{key}={value}" for key, value in settings)

@@ -72,10 +72,21 @@ def changed(session: Session, volume: Volume) -> None:
     examples=[
         ("thinpool create p/db --size 20G --fs xfs", "A volume with a filesystem:"),
         ("thinpool create p/raw --size 1T", "One without:"),
+        (
+            "thinpool create p/try --external-origin /dev/vg/golden",
+            "One over a device that stays as it is:",
+        ),
     ],
 )
 @click.argument("volume", type=VOLUME, metavar="POOL/NAME")
-@click.option("--size", type=SIZE, required=True, help="A multiple of 512 bytes.")
+@click.option("--size", type=SIZE, help="A multiple of 512 bytes.")
+@click.option(
+    "--external-origin",
+    type=click.Path(path_type=Path),
+    metavar="DEVICE",
+    help="What is not written reads as this device, which nobody writes any more; its size is the "
+    "default. In pools of the dm engine.",
+)
 @click.option("--fs", type=click.Choice(["ext4", "xfs"]), help="Make this filesystem on it.")
 @click.option(
     "--mkfs-option",
@@ -86,13 +97,30 @@ def changed(session: Session, volume: Volume) -> None:
 )
 @click.pass_obj
 def create(
-    session: Session, *, volume: str, size: int, fs: str | None, mkfs_options: tuple[str, ...]
+    session: Session,
+    *,
+    volume: str,
+    size: int | None,
+    external_origin: Path | None,
+    fs: str | None,
+    mkfs_options: tuple[str, ...],
 ) -> None:
     """Make an empty thin volume, with a filesystem if asked.
 
     It takes no space but what is written to it, and reads as zeros elsewhere.
     """
-    made(session, session.api.create(volume, size=size, fs=fs, mkfs_options=mkfs_options))
+    if size is None and external_origin is None:
+        raise click.MissingParameter(param_hint="'--size'", param_type="option")
+    made(
+        session,
+        session.api.create(
+            volume,
+            size=size,
+            fs=fs,
+            mkfs_options=mkfs_options,
+            external_origin=external_origin,
+        ),
+    )
 
 
 @command(
@@ -235,17 +263,31 @@ def list_(session: Session, *, pool: str | None, tree: bool, exclusive: bool) ->
 @click.argument("volumes", type=VOLUME, nargs=-1, required=True, metavar="POOL/NAME...")
 @click.option("--deactivate", is_flag=True, help="Unmount and deactivate what is active.")
 @click.option(
+    "--deferred",
+    is_flag=True,
+    help="Also what is in use: names go now, each device and its space when its last user lets go.",
+)
+@click.option(
     "--dry-run", is_flag=True, help="Only say how many bytes removing that whole set would free."
 )
 @click.pass_obj
-def remove(session: Session, *, volumes: tuple[str, ...], deactivate: bool, dry_run: bool) -> None:
+def remove(
+    session: Session,
+    *,
+    volumes: tuple[str, ...],
+    deactivate: bool,
+    deferred: bool,
+    dry_run: bool,
+) -> None:
     """Remove volumes, images and containers, all or none.
 
     Snapshots of what is removed live on.
     """
     from thinpool.units import format_size
 
-    removal = session.api.remove(list(volumes), deactivate=deactivate, dry_run=dry_run)
+    removal = session.api.remove(
+        list(volumes), deactivate=deactivate, deferred=deferred, dry_run=dry_run
+    )
     names = ", ".join(str(volume) for volume in removal.removed)
     freed = format_size(removal.freed)
     if dry_run:
