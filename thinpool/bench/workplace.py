@@ -176,7 +176,7 @@ def clear_leftovers(parent: Path) -> list[Path]:
     for folder in sorted(parent.glob(f"{PREFIX}*")):
         with (
             contextlib.suppress(OSError, ThinpoolError),
-            (folder / _LOCK).open("r") as lock,
+            (folder / _LOCK).open("a") as lock,
         ):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with _environment("THINPOOL_RUN", str(folder / "run")):
