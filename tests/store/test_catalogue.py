@@ -17,8 +17,10 @@ from thinpool.store.catalogue import (
     DELETING,
     MISSING,
     READY,
+    VERSION,
     Catalogue,
     Intent,
+    PersistentRecord,
     Record,
     _of_states,
 )
@@ -184,7 +186,24 @@ def test_catalogue_of_a_later_version_is_refused(tmp_path):
     db.close()
     with pytest.raises(errors.UnsupportedFormatError) as caught:
         Catalogue(path)
-    assert (caught.value.found, caught.value.wanted) == (99, 1)
+    assert (caught.value.found, caught.value.wanted) == (99, VERSION)
+
+
+def test_catalogue_of_the_first_version_keeps_its_volumes_and_learns_to_persist(tmp_path):
+    path = tmp_path / "c.db"
+    with Catalogue(path) as catalogue:
+        catalogue.insert(record(3, "v"))
+    with sqlite3.connect(path) as db:
+        db.executescript("DROP TABLE persistent; PRAGMA user_version = 1;")
+    db.close()
+    with Catalogue(path) as catalogue:
+        assert catalogue.persistent() == []
+        wanted = PersistentRecord(id=VolumeId(3), read_only=True, settings={"mode": 0o640})
+        catalogue.put_persistent(wanted)
+        assert catalogue.persistent() == [wanted]
+        assert catalogue.find("v").id == 3
+        catalogue.delete(3)
+        assert catalogue.persistent() == []
 
 
 def test_server_that_died_while_it_reserved_space_is_survived(tmp_path):
