@@ -640,9 +640,11 @@ def test_a_wait_is_cancelled_from_another_thread(dm, prefix):
 def test_a_device_that_ends_ends_the_wait(dm, prefix):
     info = dm.activate(f"{prefix}a", [ZeroTarget(length=8)])
     with DeviceEvents() as events:
-        threading.Timer(0.1, dm.remove, [info.name]).start()
+        remover = threading.Timer(0.1, dm.remove, [info.name])
+        remover.start()
         with pytest.raises(errors.NotFoundError, match=info.name):
             events.wait(info.name, info.event_nr, timeout=60)
+        remover.join()  # the device's node goes after the device
 
 
 def test_events_of_the_kernel_are_heard(dm, prefix):

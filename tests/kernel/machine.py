@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import thinpool
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
@@ -32,7 +34,9 @@ def command(
     """How to run a shell script in a machine; $KR_DISK0 and on are its disks."""
     found = [sys.executable, str(PROGRAM), f"--timeout={timeout}", "--cwd=/", *options]
     found += [f"--disk={disk}" for disk in disks]
-    told = {"HERE": HERE, "PYTHONPATH": REPOSITORY, "PYTHONSAFEPATH": "1", **(environment or {})}
+    # What is tested here: the checkout has no built extension where thinpool is installed.
+    installed = Path(thinpool.__file__).parents[1]
+    told = {"HERE": HERE, "PYTHONPATH": installed, "PYTHONSAFEPATH": "1", **(environment or {})}
     found += [f"--env={name}={value}" for name, value in told.items()]
     return [*found, "--", "sh", str(script)]
 
