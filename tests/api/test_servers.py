@@ -140,6 +140,34 @@ def test_server_that_died_whole_is_started_again(api, pool, root):
     assert supervisor(root) != pid
 
 
+@pytest.mark.fuse
+@pytest.mark.loop
+def test_what_was_activated_to_persist_comes_back_and_nothing_else(api, pool, root, require):
+    """A server that dies whole takes its devices along, as a reboot does."""
+    require("fuse", "loop")
+    for name in ("always", "once", "formerly"):
+        with api.open(str(api.create(f"p/{name}", size=MIB)), writable=True) as volume:
+            volume.write(0, name.encode())
+    api.activate("p/always", persist=True, mode=0o640)
+    api.activate("p/once")
+    api.activate("p/formerly", persist=True)
+    api.deactivate("p/formerly")
+    pid, worker = supervisor(root), api.status("p").server_pid
+    os.kill(pid, signal.SIGKILL)
+    os.kill(worker, signal.SIGKILL)
+    wait_until(lambda: gone(pid) and gone(worker))
+    found = api.resume()
+    assert not found.failures
+    assert [each.volume.name for each in found.activations] == ["always"]
+    device = Path(found.activations[0].device)
+    assert device.stat().st_mode & 0o777 == 0o640
+    assert device.read_bytes()[:6] == b"always"
+    assert {v.name for v in api.list("p") if v.device} == {"always"}
+    assert api.resume().activations[0].already_active
+    api.deactivate("p/always")
+    assert api.resume().activations == ()
+
+
 def test_unused_server_ends_and_a_used_one_does_not(api, pool, root, monkeypatch):
     PoolClient(root, "p", timeout=20).stop_server()
     monkeypatch.setenv("THINPOOL_LINGER", "0.5")

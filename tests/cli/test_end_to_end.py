@@ -377,7 +377,6 @@ WRONG = [
     ("commit p/nope p/new", 3),
     ("commit p/c p/i", 4),
     ("activate p/nope", 3),
-    ("activate p/v --persist", 9),
     ("deactivate p/nope", 3),
     ("mount p/v /nonexistent/dir", 3),
     ("mount p/nope /", 3),
