@@ -447,6 +447,9 @@ def test_killed_and_started_again_it_carries_on(driver):
 def test_killed_at_any_moment_a_get_that_comes_again_counts_once(driver, rng):
     driver.create("again")
     body = json.dumps({"ID": "again"}).encode()
+    # Whether an answer went out at the very moment of the kill nobody knows. Then the layer is held
+    # too long: a Put after one that was answered may be taken for it, a Get that comes again not.
+    doubtful = 0
     for call in ("Get", "Put") * 4:
         if call == "Put":
             driver.get("again")  # so that each round leaves one
@@ -460,14 +463,16 @@ def test_killed_at_any_moment_a_get_that_comes_again_counts_once(driver, rng):
             answered = False
         connection.close()
         driver.start()
+        doubtful += answered == (call == "Put")
         if not answered:
             driver.call(f"GraphDriver.{call}", ID="again")
         assert driver.mounted() == {"again"}
-    for _ in range(3):
+    puts = 0
+    while driver.mounted():
         driver.put("again")
-        assert driver.mounted() == {"again"}
-    driver.put("again")
-    assert driver.mounted() == set()
+        puts += 1
+        assert puts <= 4 + doubtful
+    assert puts >= 4
     driver.remove("again")
 
 

@@ -33,7 +33,8 @@ def mounted(request, sparse, directory, require):
     for found in mounts_at(directory):
         thaw_by_hand(found)
         mounts.unmount(found)
-    loop.detach(device)
+    # Another test that has just left the mount namespace may have it mounted for a moment.
+    loop.detach(device, timeout=30)
 
 
 def mounts_at(path):

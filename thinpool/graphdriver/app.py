@@ -207,14 +207,20 @@ class Plugin:
             response = await _json(counting)(request)
             if ticket is None:
                 return response
+            # Killed between the two, a Get is counted once too often and a Put once too seldom:
+            # either way the layer is held too long, and never let go under a container.
+            first = request.path.endswith(".Get")
             lost = True
             try:
                 if request.transport is not None and not request.transport.is_closing():
+                    if first:
+                        await self._run(lambda: self._layers.answered(ticket, lost=False))
                     await response.prepare(request)
                     await response.write_eof()
                     lost = False
             finally:
-                await self._run(lambda: self._layers.answered(ticket, lost=lost))
+                if lost or not first:
+                    await self._run(lambda: self._layers.answered(ticket, lost=lost))
             return response
 
         return handle

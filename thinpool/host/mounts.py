@@ -34,7 +34,7 @@ _UMOUNT_NOFOLLOW: Final = 8
 _UMOUNT_SECONDS: Final = 2.0
 _CLONE_NEWNS: Final = 0x20000
 _MS_REC: Final = 0x4000
-_MS_PRIVATE: Final = 1 << 18
+_MS_SLAVE: Final = 1 << 19
 _FUSECTL: Final = "/sys/fs/fuse/connections"
 _LOG_LINE: Final = 8192
 _NEW_API_ABSENT: Final = frozenset({errno.ENOSYS, errno.EPERM})
@@ -279,14 +279,16 @@ def unmount_all(target: str, *, timeout: float = _UMOUNT_SECONDS) -> int:
 def enter_private_namespace() -> None:
     """Move this process (its calling thread, and those it starts) to a mount namespace of its own.
 
-    What it mounts from then on nobody else sees, and ends with its last process.
+    What it mounts from then on nobody else sees, and ends with its last process. What others
+    unmount goes here too where their mounts are shared, as they are under systemd, so that this
+    namespace keeps no device of theirs busy.
 
     Raises:
         NotPermittedError: not root.
     """
     try:
         syscalls.unshare(_CLONE_NEWNS)
-        syscalls.mount("none", "/", "", _MS_REC | _MS_PRIVATE, "")
+        syscalls.mount("none", "/", "", _MS_REC | _MS_SLAVE, "")
     except OSError as cause:
         raise failure(cause, "cannot leave the mount namespace") from cause
 
