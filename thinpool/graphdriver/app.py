@@ -127,8 +127,8 @@ class Plugin:
         }
         for path, call in calls.items():
             app.router.add_post(path, _json(call))
-        app.router.add_post("/GraphDriver.Get", self._counted(self._get))
-        app.router.add_post("/GraphDriver.Put", self._counted(self._put))
+        app.router.add_post("/GraphDriver.Get", self._counted(self._get, close_first=True))
+        app.router.add_post("/GraphDriver.Put", self._counted(self._put, close_first=False))
         app.router.add_post("/GraphDriver.Diff", self._diff)
         app.router.add_post("/GraphDriver.ApplyDiff", self._apply_diff)
         app.on_cleanup.append(self._end)
@@ -192,9 +192,17 @@ class Plugin:
         return {}, await self._locked(layer, self._layers.put, layer)
 
     def _counted(
-        self, call: Callable[[Fields], Awaitable[tuple[Answer, int]]]
+        self, call: Callable[[Fields], Awaitable[tuple[Answer, int]]], *, close_first: bool
     ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-        """A call that changes a count: whether its answer went out is kept."""
+        """A call that changes a count: whether its answer went out is kept.
+
+        Args:
+            call: returns the answer and its ticket.
+            close_first: close the ticket before the answer goes out, not after. Killed between the
+                two, a call whose ticket is closed counts twice when it comes again, and one whose
+                ticket is open makes the next of its kind count nothing. A Get closes first and a
+                Put last: then a layer is held too long, and never let go under a container.
+        """
 
         async def handle(request: web.Request) -> web.StreamResponse:
             ticket = None
@@ -207,19 +215,16 @@ class Plugin:
             response = await _json(counting)(request)
             if ticket is None:
                 return response
-            # Killed between the two, a Get is counted once too often and a Put once too seldom:
-            # either way the layer is held too long, and never let go under a container.
-            first = request.path.endswith(".Get")
             lost = True
             try:
                 if request.transport is not None and not request.transport.is_closing():
-                    if first:
+                    if close_first:
                         await self._run(lambda: self._layers.answered(ticket, lost=False))
                     await response.prepare(request)
                     await response.write_eof()
                     lost = False
             finally:
-                if lost or not first:
+                if lost or not close_first:
                     await self._run(lambda: self._layers.answered(ticket, lost=lost))
             return response
 
