@@ -6,44 +6,23 @@ import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.store import pools
+from tests.store.pools import MIB
 from thinpool.check import check_metadata
 from thinpool.dm import names
 from thinpool.dm.client import DeviceMapper
-from thinpool.engine import BlockDevice, format_pool
 from thinpool.host import loop
-from thinpool.store import poolfile
 from thinpool.store.catalogue import DELETING
 from thinpool.store.crashpoint import VARIABLE
 from thinpool.store.dmdevices import DmDevices
 from thinpool.store.opening import open_dm_pool
-from thinpool.store.poolfile import PoolConfig, pool_directory, read_config, write_config
+from thinpool.store.poolfile import read_config
 from thinpool.store.service import PoolService
 
-BLOCK = 64 << 10
-MIB = 1 << 20
 
-
-def make_pool(root, name="p", *, data_blocks=256, metadata_size=2 * MIB, **settings):
-    """Files and a pool.json, as create-pool leaves them."""
-    directory = pool_directory(root, name)
-    directory.mkdir(parents=True)
-    data, metadata = directory / "data", directory / "metadata"
-    BlockDevice.open_file(data, create_size=data_blocks * BLOCK).close()
-    with BlockDevice.open_file(metadata, create_size=metadata_size) as device:
-        format_pool(device, block_size=BLOCK, data_blocks=data_blocks)
-    config = PoolConfig(
-        name=name,
-        uuid=poolfile.new_uuid(),
-        engine="dm",
-        block_size=BLOCK,
-        data=str(data),
-        metadata=str(metadata),
-        owns_files=True,
-        created="2026-11-21T12:00:00Z",
-        **{"min_free": 0.0, **settings},
-    )
-    write_config(root, config)
-    return config
+def make_pool(root, name="p", *, metadata_size=2 * MIB, **settings):
+    """Files and a pool.json of the kernel engine, as create-pool leaves them."""
+    return pools.make_pool(root, name, metadata_size=metadata_size, engine="dm", **settings)
 
 
 @contextmanager

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 
 from tests.dm.kit import (
-    BLOCK,
-    MIB,
     assert_agrees,
     assert_nothing_left,
     dies,
@@ -17,6 +15,7 @@ from tests.dm.kit import (
     opened,
     suspended,
 )
+from tests.store.pools import BLOCK, MIB
 from thinpool.dm import names
 from thinpool.store.core import Caller
 

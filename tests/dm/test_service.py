@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 
 from tests.dm.kit import (
-    BLOCK,
-    MIB,
     assert_agrees,
     assert_nothing_left,
     dm_devices,
@@ -20,6 +18,7 @@ from tests.dm.kit import (
     make_pool,
     opened,
 )
+from tests.store.pools import BLOCK, MIB
 from thinpool import errors
 from thinpool.dm import names
 from thinpool.dm.client import DeviceMapper

@@ -1,19 +1,15 @@
 """Run one operation on a pool, perhaps to die in the middle: ``crash_script.py ROOT OPERATION``."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
+# A program of its own: last, so that thinpool is the one that is installed, where one is.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from tests.store.pools import MIB, opened
 from thinpool.store import core
 from thinpool.store.core import Caller
 from thinpool.store.making import Publication
-
-spec = importlib.util.spec_from_file_location(
-    "store_conftest", Path(__file__).parent / "conftest.py"
-)
-conftest = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(conftest)
-MIB = conftest.MIB
 
 
 def create(service):
@@ -57,5 +53,5 @@ def build(service):
 
 
 if __name__ == "__main__":
-    with conftest.opened(Path(sys.argv[1])) as opened:
-        globals()[sys.argv[2]](opened)
+    with opened(Path(sys.argv[1])) as service:
+        globals()[sys.argv[2]](service)

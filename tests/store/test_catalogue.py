@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from tests.store.pools import record
 from thinpool import errors
 from thinpool.engine import VOLUME_ID_MAX, Change, ChangeKind
 from thinpool.model import VolumeId
@@ -21,26 +22,8 @@ from thinpool.store.catalogue import (
     Catalogue,
     Intent,
     PersistentRecord,
-    Record,
     _of_states,
 )
-
-MIB = 1 << 20
-
-
-def record(number, name=None, **values):
-    return Record(
-        **{
-            "id": VolumeId(number),
-            "name": name or f"v{number}",
-            "kind": "volume",
-            "parent": None,
-            "size": MIB,
-            "read_only": False,
-            "created": "2026-11-21T12:00:00Z",
-            **values,
-        }
-    )
 
 
 @pytest.fixture

@@ -4,29 +4,13 @@ import json
 
 import pytest
 
+from tests.store.pools import MIB, record
 from thinpool import errors
 from thinpool.model import VolumeId
 from thinpool.store import namescopy
 from thinpool.store.catalogue import BUILDING, READY, Catalogue, Record
 from thinpool.store.namescopy import NamesCopy, changes_path, read_copy
 from thinpool.store.poolfile import PoolConfig
-
-MIB = 1 << 20
-
-
-def record(number, name=None, **values):
-    return Record(
-        **{
-            "id": VolumeId(number),
-            "name": name or f"v{number}",
-            "kind": "volume",
-            "parent": None,
-            "size": MIB,
-            "read_only": False,
-            "created": "2026-11-21T12:00:00Z",
-            **values,
-        }
-    )
 
 
 @pytest.fixture
