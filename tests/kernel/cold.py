@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -119,7 +120,7 @@ class Session:
         return found
 
 
-class Lane:
+class Lane(ABC):
     """One pool and the disks it is on.
 
     Args:
@@ -142,31 +143,31 @@ class Lane:
 
     # ---- what a subclass says -----------------------------------------------------------------
 
+    @abstractmethod
     def first_disks(self) -> dict[str, Path]:
         """A pool of ours with an ext4 and an xfs volume; fills in self.volumes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def bring_up(self, script: Script) -> None:
         """Lines that make the volumes' devices; device NAME of guest.sh tells each."""
-        raise NotImplementedError
 
+    @abstractmethod
     def snapshot(self, script: Script, origin: Alive, name: str) -> None:
         """Lines that make a snapshot of an active volume."""
-        raise NotImplementedError
 
+    @abstractmethod
     def use_for_a_while(self, script: Script, origin: Alive, name: str) -> None:
         """Lines that activate a snapshot, read from it, and deactivate it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def remove(self, script: Script, volume: Alive) -> None:
         """Lines that deactivate and remove a volume; they say when the removal begins."""
-        raise NotImplementedError
 
+    @abstractmethod
     def opened_here(
         self, folder: Path, images: Mapping[str, Path], expected: Outcome
     ) -> AbstractContextManager[tuple[Thinpool, dict[str, str]]]:
         """Open what a stop left with our engine; name in the model -> POOL/NAME here."""
-        raise NotImplementedError
 
     # ---- a session ----------------------------------------------------------------------------
 
