@@ -81,7 +81,7 @@ class Driver:
                  "graphdriver", self.pool, "--name", self.name, "--socket", str(self.socket)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180  # a guest without KVM takes 9 s, and 60 beside others
         while True:
             with contextlib.suppress(OSError, http.client.HTTPException):
                 self.call("Plugin.Activate")
