@@ -63,7 +63,7 @@ def test_a_command_has_its_streams_status_environment_disks_and_shares(tmp_path:
 def test_udevd_runs_where_it_is_asked_for() -> None:
     script = "udevadm control --ping && ls /dev/disk/by-id && readlink -f /dev/disk/by-id/*"
     done = kernel_run("--udev", "--disk", "8M", "--", "sh", "-c", script)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done
     assert done.stdout.splitlines() == ["virtio-scratch0", "/dev/vda"]
 
 

@@ -205,10 +205,13 @@ def _removal(context: Context, size: int) -> None:
         while still < _STILL and time.perf_counter() - begun < _RETURN_SECONDS:
             time.sleep(_PAUSE)
             now = data.stat().st_blocks * 512
-            still = still + 1 if now == left else 0
             if now != left:
-                last, left = time.perf_counter(), now
+                last, left, still = time.perf_counter(), now, 0
+            elif left < taken:  # a busy host may not have begun yet
+                still += 1
         context.results.add("removal", OURS, "returned", "bytes", float(taken - left), **parameters)
-        context.results.add(
-            "removal", OURS, "return rate", "bytes/s", (taken - left) / (last - begun), **parameters
-        )
+        if left < taken:
+            context.results.add(
+                *("removal", OURS, "return rate", "bytes/s", (taken - left) / (last - begun)),
+                **parameters,
+            )
