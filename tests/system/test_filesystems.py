@@ -201,3 +201,31 @@ def test_a_snapshot_of_a_mounted_volume_under_writes_mounts_cleanly(  # noqa: C9
         if volume.device is not None:
             api.deactivate(str(volume))
     thin_check(metadata.read_bytes())
+
+
+def test_the_last_umount_gives_back_the_journal(api, directory: Path):
+    """And what was written is there, to the next mount and to a clone."""
+    api.create_pool("p", size=1024 * MIB, base_size=512 * MIB)
+    block = api.status("p").block_size
+    api.snapshot("p/base", "p/c", mount=directory)
+    for number in range(100):
+        with (directory / str(number)).open("wb") as file:
+            file.write(str(number).encode() * 500)
+            os.fsync(file.fileno())
+    mounted = api.status("p").data.used
+    api.umount("p/c")
+    given = mounted - api.status("p").data.used
+    assert given >= 10 * block, "100 transactions of at least 8 KiB, in whole blocks"
+    api.commit("p/c", "p/i")
+    api.snapshot("p/i", "p/d", mount=directory)
+    before = api.status("p").data.used
+    with (directory / "0").open("r+b") as file:
+        file.write(b"edit")
+        os.fsync(file.fileno())
+    assert api.status("p").data.used - before <= 2 * block, "its data, and the journal's first"
+    assert (directory / "99").read_bytes() == b"99" * 500
+    api.umount("p/d")
+    device = api.activate("p/d", read_only=True).device
+    fsck(device, "ext4")
+    api.deactivate("p/d")
+    assert api.check("p").clean

@@ -37,6 +37,7 @@ class DmPool(Changes):
     """A pool of the kernel's; implements PoolBackend. Thread-safe."""
 
     atomic: Final = False
+    opens_in_process: Final = False
     """A change and the transaction id are two commits."""
 
     # ---- events -----------------------------------------------------------------------------

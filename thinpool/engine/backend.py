@@ -179,6 +179,11 @@ class PoolBackend(Protocol):
         """
         ...
 
+    @property
+    def opens_in_process(self) -> bool:
+        """A volume is opened for raw I/O by no more than a call, not by another device."""
+        ...
+
     def status(self) -> PoolStatus:
         """State and counters."""
         ...

@@ -53,6 +53,7 @@ class Pool(Handle):
 
     atomic: Final = True
     """A change and the transaction id are one commit."""
+    opens_in_process: Final = True
 
     def __init__(
         self,

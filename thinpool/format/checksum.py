@@ -17,6 +17,12 @@ class Salt(IntEnum):
     BITMAP = 240779
 
 
+def crc32c(data: bytes | bytearray) -> int:
+    """CRC-32C begun with all bits set and not inverted at the end: the one of ext4 and jbd2."""
+    with ffi.from_buffer("unsigned char[]", data) as raw:
+        return int(lib.tp_crc32c(0xFFFFFFFF, raw, len(data)))
+
+
 def checksum(block: bytes | bytearray, salt: Salt) -> int:
     """What the first four bytes of a block should be."""
     if len(block) != BLOCK_SIZE:

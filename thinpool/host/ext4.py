@@ -11,208 +11,30 @@ Nothing is decided here about what a change is: a walk of both trees that looks 
 inodes sees everything that differs. Whatever is not known to be understood (features, a
 journal to be replayed, tables that moved, counts that do not fit) gives no answer, and the caller
 walks everything.
-
-The layout is that of the kernel's Documentation/filesystems/ext4.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-import re
-import stat
 import struct
 from typing import TYPE_CHECKING, Final
+
+from thinpool.host.ext4layout import Ext4, Inode, UnknownLayoutError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 ROOT: Final = 2
 
-_SUPERBLOCK: Final = 1024
-_MAGIC: Final = 0xEF53
-_64BIT: Final = 0x80
-# filetype, extents, 64bit, flex_bg, csum_seed. Not: recover, meta_bg, inline_data, casefold, ...
-_KNOWN: Final = 0x2 | 0x40 | _64BIT | 0x200 | 0x2000
-_NEEDED: Final = 0x2 | 0x40
 _FIRST_INODE: Final = 11
-_INODE_SIZE_LEAST: Final = 160
-_DESCRIPTOR_64: Final = 64
-_UNINITIALISED: Final = 1
-_EXTENTS: Final = 0x80000
-_EXTENT_MAGIC: Final = 0xF30A
-_EXTENT_DEPTH_MAX: Final = 5
-_UNWRITTEN: Final = 0x8000
-_DIRECTORY_BLOCKS_MAX: Final = 1 << 16
 _CHANGED_MAX: Final = 20_000
 _DEPTH_MAX: Final = 4096
-_READ: Final = 1 << 20
-_DIRECTORY_MODE: Final = re.compile(rb"[\x40-\x4f]")  # the high byte of a directory's mode
-_NEAR: Final = 256  # inodes: one read of a pool block
 _GUESSES: Final = 4
 _NEEDLES_MAX: Final = 64  # so many are sooner searched for than a block's entries are read
 
 Range = tuple[int, int]
 """Where a range of bytes begins, and where the next byte is that is not in it."""
-
-
-class _UnknownError(Exception):
-    """Something that is not understood here."""
-
-
-class _Inode:
-    """What is needed of an inode."""
-
-    __slots__ = ("blocks", "flags", "generation", "links", "mode", "size")
-
-    def __init__(self, raw: bytes) -> None:
-        """Read the inode's bytes."""
-        self.mode: int
-        self.links: int
-        self.flags: int
-        self.generation: int
-        (self.mode,) = struct.unpack_from("<H", raw, 0)
-        (low,) = struct.unpack_from("<I", raw, 0x4)
-        (self.links,) = struct.unpack_from("<H", raw, 0x1A)
-        (self.flags,) = struct.unpack_from("<I", raw, 0x20)
-        self.blocks = raw[0x28:0x64]
-        (self.generation,) = struct.unpack_from("<I", raw, 0x64)
-        (high,) = struct.unpack_from("<I", raw, 0x6C)
-        self.size = high << 32 | low
-
-    @property
-    def is_used(self) -> bool:
-        return self.links > 0 and self.mode != 0
-
-    @property
-    def is_directory(self) -> bool:
-        return stat.S_ISDIR(self.mode)
-
-
-class _Ext4:
-    """One side, read through a descriptor that stays the caller's."""
-
-    def __init__(self, fd: int) -> None:
-        """Read superblock and group descriptors.
-
-        Raises:
-            _UnknownError: it is not as expected.
-        """
-        self._fd = fd
-        head = self.read(_SUPERBLOCK, 1024)
-        (self.inodes,) = struct.unpack_from("<I", head, 0)
-        (first,) = struct.unpack_from("<I", head, 0x14)
-        (shift,) = struct.unpack_from("<I", head, 0x18)
-        (self.per_group,) = struct.unpack_from("<I", head, 0x28)
-        (magic,) = struct.unpack_from("<H", head, 0x38)
-        (self.inode_size,) = struct.unpack_from("<H", head, 0x58)
-        (incompatible,) = struct.unpack_from("<I", head, 0x60)
-        known = not incompatible & ~_KNOWN and incompatible & _NEEDED == _NEEDED
-        if (
-            magic != _MAGIC
-            or not known
-            or shift > 6  # noqa: PLR2004 - 64 KiB
-            or self.inode_size < _INODE_SIZE_LEAST
-            or not self.per_group
-        ):
-            raise _UnknownError
-        self.block = 1024 << shift
-        size = struct.unpack_from("<H", head, 0xFE)[0] if incompatible & _64BIT else 32
-        groups = -(-self.inodes // self.per_group)
-        if size < 32:  # noqa: PLR2004 - the least there is
-            raise _UnknownError
-        self.tables, self.used = self._descriptors((first + 1) * self.block, groups, size)
-
-    def _descriptors(self, at: int, groups: int, size: int) -> tuple[list[int], list[int]]:
-        """Where each group's inode table is in bytes, and how many of its inodes were ever used."""
-        raw = self.read(at, groups * size)
-        tables, used = [], []
-        for offset in range(0, len(raw), size):
-            (table,) = struct.unpack_from("<I", raw, offset + 0x8)
-            (flags,) = struct.unpack_from("<H", raw, offset + 0x12)
-            (unused,) = struct.unpack_from("<H", raw, offset + 0x1C)
-            if size >= _DESCRIPTOR_64:
-                table |= struct.unpack_from("<I", raw, offset + 0x28)[0] << 32
-                unused |= struct.unpack_from("<H", raw, offset + 0x32)[0] << 16
-            tables.append(table * self.block)
-            used.append(0 if flags & _UNINITIALISED else max(self.per_group - unused, 0))
-        return tables, used
-
-    def read(self, offset: int, length: int) -> bytes:
-        data = os.pread(self._fd, length, offset)
-        if len(data) != length:
-            raise _UnknownError
-        return data
-
-    def inode(self, number: int) -> _Inode:
-        group, index = divmod(number - 1, self.per_group)
-        if not 0 <= group < len(self.tables):
-            raise _UnknownError
-        return _Inode(self.read(self.tables[group] + index * self.inode_size, self.inode_size))
-
-    def directories(self, group: int) -> Iterator[tuple[int, _Inode]]:
-        """A group's directories, by number."""
-        size, left = self.inode_size, self.used[group] * self.inode_size
-        at, number = self.tables[group], group * self.per_group + 1
-        step = _READ // size * size
-        while left > 0:
-            data = self.read(at, min(step, left))
-            # The high byte of each inode's mode, picked out and looked through in one go.
-            for found in _DIRECTORY_MODE.finditer(data[1::size]):
-                index = found.start()
-                inode = _Inode(data[index * size : (index + 1) * size])
-                if inode.is_used:
-                    yield number + index, inode
-            number += len(data) // size
-            at += len(data)
-            left -= len(data)
-
-    def directories_before(self, number: int) -> Iterator[tuple[int, _Inode]]:
-        """The directories just before an inode in its group, the nearest first."""
-        group, index = divmod(number - 1, self.per_group)
-        first, size = group * self.per_group + 1, self.inode_size
-        low = max(index - _NEAR, 0)
-        data = self.read(self.tables[group] + low * size, (index - low) * size)
-        found = [each.start() for each in _DIRECTORY_MODE.finditer(data[1::size])]
-        for at in reversed(found):
-            inode = _Inode(data[at * size : (at + 1) * size])
-            if inode.is_used:
-                yield first + low + at, inode
-
-    def directory_blocks(self, directory: _Inode) -> Iterator[bytes]:
-        """The blocks of a directory, in no order."""
-        if not directory.is_directory or not directory.flags & _EXTENTS:
-            raise _UnknownError
-        count = 0
-        for start, length in self._extents(directory.blocks, _EXTENT_DEPTH_MAX):
-            for number in range(start, start + length):
-                count += 1
-                if count > _DIRECTORY_BLOCKS_MAX:
-                    raise _UnknownError
-                yield self.read(number * self.block, self.block)
-
-    def _extents(self, node: bytes, depth_most: int) -> Iterator[tuple[int, int]]:
-        """Runs of blocks: the first, and how many."""
-        magic, entries, _, depth = struct.unpack_from("<HHHH", node)
-        if magic != _EXTENT_MAGIC or depth > depth_most or 12 + entries * 12 > len(node):
-            raise _UnknownError
-        for offset in range(12, 12 + entries * 12, 12):
-            if depth:
-                _, low, high = struct.unpack_from("<IIH", node, offset)
-                child = self.read((high << 32 | low) * self.block, self.block)
-                yield from self._extents(child, depth - 1)
-            else:
-                _, length, high, low = struct.unpack_from("<IHHI", node, offset)
-                if length < _UNWRITTEN:
-                    yield high << 32 | low, length
-
-    def parent(self, number: int) -> int:
-        """The directory above a directory: its second entry."""
-        for block in self.directory_blocks(self.inode(number)):
-            above, _, length = struct.unpack_from("<IHB", block, 12)
-            if block[6] == 1 and length == 2 and block[20:22] == b"..":  # noqa: PLR2004
-                return int(above)
-        raise _UnknownError
 
 
 def _entries(block: bytes) -> Iterator[int]:
@@ -221,7 +43,7 @@ def _entries(block: bytes) -> Iterator[int]:
     while offset + 8 <= len(block):
         number, length, name = struct.unpack_from("<IHB", block, offset)
         if length < 8 or length % 4 or offset + length > len(block):  # noqa: PLR2004
-            raise _UnknownError
+            raise UnknownLayoutError
         if number and name:
             yield number
         offset += length
@@ -252,12 +74,16 @@ def leading_inodes(
         root among them; None where only a walk can tell.
     """
     try:
-        return _leading(_Ext4(before_fd), _Ext4(after_fd), differing)
-    except (_UnknownError, struct.error, OSError):
+        return _leading(_opened(before_fd), _opened(after_fd), differing)
+    except (UnknownLayoutError, struct.error, OSError):
         return None
 
 
-def _leading(before: _Ext4, after: _Ext4, differing: Sequence[Range]) -> frozenset[int]:
+def _opened(fd: int) -> Ext4:
+    return Ext4(lambda offset, length: os.pread(fd, length, offset))
+
+
+def _leading(before: Ext4, after: Ext4, differing: Sequence[Range]) -> frozenset[int]:
     common = min(len(before.tables), len(after.tables))
     if (
         before.tables[:common] != after.tables[:common]
@@ -265,7 +91,7 @@ def _leading(before: _Ext4, after: _Ext4, differing: Sequence[Range]) -> frozens
         != (after.per_group, after.inode_size, after.block)
         or len(after.tables) < common
     ):
-        raise _UnknownError
+        raise UnknownLayoutError
     changed: set[int] = set()
     wanted: dict[int, int] = {}
     others: set[int] = set()
@@ -277,14 +103,14 @@ def _leading(before: _Ext4, after: _Ext4, differing: Sequence[Range]) -> frozens
         else:  # made or removed: in directories that differ themselves
             others.add(number)
         if len(changed) + len(wanted) + len(others) > _CHANGED_MAX:
-            raise _UnknownError
+            raise UnknownLayoutError
     holding = _Search(after, wanted).run(changed)
     return _with_ancestors(after, changed | holding) | wanted.keys() | others
 
 
 def _changed(
-    before: _Ext4, after: _Ext4, common: int, differing: Sequence[Range]
-) -> Iterator[tuple[int, _Inode | None, _Inode]]:
+    before: Ext4, after: Ext4, common: int, differing: Sequence[Range]
+) -> Iterator[tuple[int, Inode | None, Inode]]:
     """Inodes of the second that differ from those of the first: number, old, new."""
     size = after.inode_size
     span = after.per_group * size
@@ -307,7 +133,7 @@ def _changed(
 
 def _differing(
     number: int, old: bytes | None, new: bytes, size: int
-) -> Iterator[tuple[int, _Inode | None, _Inode]]:
+) -> Iterator[tuple[int, Inode | None, Inode]]:
     if old == new:
         return
     for offset in range(0, len(new), size):
@@ -315,13 +141,13 @@ def _differing(
         raw = new[offset : offset + size]
         was = None if old is None else old[offset : offset + size]
         if (at == ROOT or at >= _FIRST_INODE) and (was is None or not _same(was, raw)):
-            yield at, None if was is None else _Inode(was), _Inode(raw)
+            yield at, None if was is None else Inode(was), Inode(raw)
 
 
 class _Search:
     """Looks for the directories that hold files of which only the inode changed."""
 
-    def __init__(self, side: _Ext4, wanted: dict[int, int]) -> None:
+    def __init__(self, side: Ext4, wanted: dict[int, int]) -> None:
         """``wanted``: how many names each inode has."""
         self._side = side
         self._wanted = wanted
@@ -345,10 +171,10 @@ class _Search:
                 break
             self._look_in(self._side.directories(group))
         if self._left:
-            raise _UnknownError
+            raise UnknownLayoutError
         return self._found
 
-    def _look_in(self, directories: Iterator[tuple[int, _Inode]]) -> None:
+    def _look_in(self, directories: Iterator[tuple[int, Inode]]) -> None:
         for number, inode in directories:
             if not self._left:
                 return
@@ -372,7 +198,7 @@ class _Search:
                     self._needles.pop(number, None)
 
 
-def _with_ancestors(side: _Ext4, directories: set[int]) -> frozenset[int]:
+def _with_ancestors(side: Ext4, directories: set[int]) -> frozenset[int]:
     leading = {ROOT}
     for number in directories:
         at = number
@@ -382,5 +208,5 @@ def _with_ancestors(side: _Ext4, directories: set[int]) -> frozenset[int]:
             leading.add(at)
             at = side.parent(at)
         else:
-            raise _UnknownError
+            raise UnknownLayoutError
     return frozenset(leading)

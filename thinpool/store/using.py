@@ -12,6 +12,7 @@ from thinpool.model import Activation, Resumed, Volume
 from thinpool.store.catalogue import READY, PersistentRecord
 from thinpool.store.core import ANYONE, LEAVING, Caller, PoolCore
 from thinpool.store.devices import EXTERNAL_ORIGIN, Wanted
+from thinpool.store.ext4journal import release_journal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -227,8 +228,24 @@ class Using(PoolCore):
             if not if_by_mount:
                 self._catalogue.delete_persistent(record.id)
             if activation is not None and (activation.by_mount or not if_by_mount):
-                self._deactivate(record, deferred=deferred)
+                gone = self._deactivate(record, deferred=deferred)
+                if gone and not activation.read_only:
+                    self._release_journal(record)
         return self._volume(record)
+
+    def _release_journal(self, record: Record) -> None:
+        """Give back the space of the journal of what was unmounted, if it is an ext4's.
+
+        Not where a volume is opened through another device of the kernel's: that would cost more
+        than it brings.
+        """
+        if not self._pool.opens_in_process:
+            return
+        try:
+            with self._volumes.using(record, writer="deactivate") as volume:
+                release_journal(volume, block_size=self._config.block_size)
+        except errors.ThinpoolError as error:
+            logger.info("the journal of %s stays as it is: %s", record.name, error.message)
 
     # ---- raw --------------------------------------------------------------------------------
 
