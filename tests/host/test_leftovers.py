@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from thinpool.bench.workplace import WITHOUT_LOOPS
 from thinpool.host import filesystems, loop, mountinfo, mounts
 from thinpool.host.leftovers import clear_dead_server
+from thinpool.host.signatures import carries
 
 pytestmark = [pytest.mark.fuse, pytest.mark.loop, pytest.mark.root]
 
@@ -100,6 +103,22 @@ def test_a_mount_in_another_namespace_is_named_and_goes_with_it(served):
     assert cleared.detached == ()
     child.communicate(b"\n")
     assert is_gone(served.device)
+
+
+def test_a_btrfs_is_made_beside_a_dead_server(served, sparse):
+    """mkfs.btrfs by itself fails then, whatever it is asked to make one of."""
+    if shutil.which("mkfs.btrfs") is None:
+        pytest.skip("no mkfs.btrfs")
+    served.kill()
+    os.close(served.fd)
+    served.fd = os.open(os.devnull, os.O_RDONLY)
+    disk = sparse(320 * MIB, "btrfs")
+    command = ["mkfs.btrfs", "-q", "-f", disk]
+    assert subprocess.run(command, check=False, capture_output=True).returncode != 0
+    wrapped = ["unshare", "--mount", "sh", "-c", WITHOUT_LOOPS, "sh", *command]
+    subprocess.run(wrapped, check=True, capture_output=True)
+    assert carries(disk) == "btrfs"
+    assert mountinfo.mount_at(served.mount_point) is not None, "outside it stays mounted"
 
 
 def test_where_nothing_is_nothing_is_done(work):

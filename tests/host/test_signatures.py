@@ -10,6 +10,7 @@ import subprocess
 import pytest
 
 from thinpool import errors
+from thinpool.bench.workplace import WITHOUT_LOOPS
 from thinpool.host import loop, mounts
 from thinpool.host.signatures import carries, data_ranges, refuse_foreign
 
@@ -87,7 +88,10 @@ def test_what_real_tools_make_is_named(disk, program, arguments, name):
     if shutil.which(program) is None:
         pytest.skip(f"no {program}")
     os.truncate(disk, 512 * MIB)
-    subprocess.run([program, *arguments, disk], check=True, capture_output=True)
+    command = [program, *arguments, disk]
+    if program == "mkfs.btrfs" and os.geteuid() == 0:  # it minds what other loop devices lie on
+        command = ["unshare", "--mount", "sh", "-c", WITHOUT_LOOPS, "sh", *command]
+    subprocess.run(command, check=True, capture_output=True)
     assert carries(disk) == name
 
 

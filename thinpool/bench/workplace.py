@@ -278,6 +278,19 @@ def drop_caches() -> None:
     Path("/proc/sys/vm/drop_caches").write_text("3\n")
 
 
+# mkfs.btrfs looks at the files below all mounted loop devices, and fails where any is on a FUSE
+# filesystem whose server died. In a mount namespace of its own it sees none.
+WITHOUT_LOOPS: Final = """
+mounts=$(cat /proc/self/mounts)
+while read -r source target rest; do
+    case $source in /dev/loop*) umount -l "$(printf %b "$target")" 2>/dev/null;; esac
+done <<end
+$mounts
+end
+exec "$@"
+"""
+
+
 def make_disk(place: Workplace, fstype: str, size: int) -> Path:
     """A filesystem as its own tools make it, mounted from a loop device over a sparse file."""
     folder = place.new_folder(fstype)
@@ -293,7 +306,12 @@ def make_disk(place: Workplace, fstype: str, size: int) -> Path:
         "xfs": ("xfsprogs", ["-q", "-f", "-K", "-m", "reflink=1"]),
         "btrfs": ("btrfs-progs", ["-q", "-f", "-K"]),
     }[fstype]
-    run_program(f"mkfs.{fstype}", [*arguments, device], package=package)
+    program = find_program(f"mkfs.{fstype}")
+    if program is not None and fstype == "btrfs":
+        wrapped = ["--mount", "--propagation", "private", "sh", "-c", WITHOUT_LOOPS, "sh", program]
+        run_program("unshare", [*wrapped, *arguments, device], package="util-linux")
+    else:
+        run_program(f"mkfs.{fstype}", [*arguments, device], package=package)
     return place.mount(device, folder / "mnt", fstype)
 
 
