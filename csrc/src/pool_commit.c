@@ -44,6 +44,12 @@ static void finish(struct tp_pool *pool, uint64_t transaction)
 			     : NULL);
 	atomic_store(&pool->committed, transaction);
 	atomic_fetch_add(&pool->commits, 1);
+	if (pool->to_punch.blocks) {
+		pthread_mutex_lock(&pool->background_lock);
+		pool->punch_now = true;
+		pthread_cond_signal(&pool->background_cond);
+		pthread_mutex_unlock(&pool->background_lock);
+	}
 	space = tp_data_map_nr_allocatable(tp_md_data_map(pool->md)) > 0;
 	if (space && atomic_load(&pool->mode) == TP_MODE_OUT_OF_DATA_SPACE &&
 	    !atomic_load(&pool->host_full))
@@ -257,19 +263,21 @@ void *tp_pool_background(void *argument)
 
 	pthread_mutex_lock(&pool->background_lock);
 	while (!pool->stop) {
-		if (!atomic_load(&pool->dirty) && !pool->commit_now && !left) {
+		if (!atomic_load(&pool->dirty) && !pool->commit_now && !pool->punch_now && !left) {
 			pthread_cond_wait(&pool->background_cond, &pool->background_lock);
 			continue;
 		}
 		until = tp_deadline_in(pool->options.commit_interval_ms);
 		r = 0;
-		while (atomic_load(&pool->dirty) && !pool->commit_now && !pool->stop && !r && !left)
+		while (atomic_load(&pool->dirty) && !pool->commit_now && !pool->punch_now &&
+		       !pool->stop && !r && !left)
 			r = pthread_cond_timedwait(&pool->background_cond, &pool->background_lock,
 						   &until);
 		if (pool->stop)
 			break;
 		now = pool->commit_now;
-		pool->commit_now = false;
+		left |= pool->punch_now;
+		pool->commit_now = pool->punch_now = false;
 		pthread_mutex_unlock(&pool->background_lock);
 		if (atomic_load(&pool->dirty) &&
 		    (now || !left || tp_now_ms() >= pool->next_commit_ms)) {

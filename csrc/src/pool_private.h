@@ -124,6 +124,7 @@ struct tp_pool {
 	_Atomic bool stop;
 	bool orphaned; /* abandoned: freed with its last volume */
 	bool commit_now;
+	bool punch_now; /* a commit freed host space; it may have come before the thread woke */
 	uint64_t next_commit_ms; /* the background thread's own */
 	_Atomic uint32_t dirty;
 

@@ -115,7 +115,17 @@ def test_a_btrfs_is_made_beside_a_dead_server(served, sparse):
     disk = sparse(320 * MIB, "btrfs")
     command = ["mkfs.btrfs", "-q", "-f", disk]
     assert subprocess.run(command, check=False, capture_output=True).returncode != 0
-    wrapped = ["unshare", "--mount", "sh", "-c", WITHOUT_LOOPS, "sh", *command]
+    wrapped = [
+        "unshare",
+        "--mount",
+        "--propagation",
+        "slave",
+        "sh",
+        "-c",
+        WITHOUT_LOOPS,
+        "sh",
+        *command,
+    ]
     subprocess.run(wrapped, check=True, capture_output=True)
     assert carries(disk) == "btrfs"
     assert mountinfo.mount_at(served.mount_point) is not None, "outside it stays mounted"

@@ -90,7 +90,17 @@ def test_what_real_tools_make_is_named(disk, program, arguments, name):
     os.truncate(disk, 512 * MIB)
     command = [program, *arguments, disk]
     if program == "mkfs.btrfs" and os.geteuid() == 0:  # it minds what other loop devices lie on
-        command = ["unshare", "--mount", "sh", "-c", WITHOUT_LOOPS, "sh", *command]
+        command = [
+            "unshare",
+            "--mount",
+            "--propagation",
+            "slave",
+            "sh",
+            "-c",
+            WITHOUT_LOOPS,
+            "sh",
+            *command,
+        ]
     subprocess.run(command, check=True, capture_output=True)
     assert carries(disk) == name
 

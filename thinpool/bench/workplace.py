@@ -308,7 +308,7 @@ def make_disk(place: Workplace, fstype: str, size: int) -> Path:
     }[fstype]
     program = find_program(f"mkfs.{fstype}")
     if program is not None and fstype == "btrfs":
-        wrapped = ["--mount", "--propagation", "private", "sh", "-c", WITHOUT_LOOPS, "sh", program]
+        wrapped = ["--mount", "--propagation", "slave", "sh", "-c", WITHOUT_LOOPS, "sh", program]
         run_program("unshare", [*wrapped, *arguments, device], package="util-linux")
     else:
         run_program(f"mkfs.{fstype}", [*arguments, device], package=package)
