@@ -332,7 +332,6 @@ static int change_all(struct tp_pool *pool, const struct tp_change *changes, siz
 	tp_redo_end_group(pool->redo, !r);
 	if (r)
 		return tp_pool_failed(pool, r);
-	tp_pool_dirtied(pool);
 	tp_md_trim(pool->md);
 	return 0;
 }
@@ -363,6 +362,9 @@ static int run_series(struct tp_pool *pool, const struct tp_change *changes, siz
 	pthread_mutex_lock(&pool->md_lock);
 	r = change_all(pool, changes, n, expected ? *expected : tp_md_transaction_id(pool->md),
 		       expected ? wanted : tp_md_transaction_id(pool->md), err);
+	/* Nobody need be woken for what is committed here at once. */
+	if (!r && !commit)
+		tp_pool_dirtied(pool);
 	pthread_mutex_unlock(&pool->md_lock);
 	open_gates(&gates);
 	pthread_mutex_unlock(&pool->changes_lock);
