@@ -6,9 +6,11 @@ themselves. Its "catalogue" is the table of served volumes.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
+import select
+import socket
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -76,35 +78,36 @@ class Commands:
         (self.context.root / "fail").touch()
 
 
-async def serve(context: WorkerContext) -> None:
-    if (context.root / "fail").exists():
-        raise HostSpaceError("the program fails because it was told to", path="fail")
-    commands = Commands(context)
-    done = asyncio.Event()
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while line := await reader.readline():
+def answer(connection: socket.socket, commands: Commands, end: socket.socket) -> None:
+    with connection, connection.makefile("rb") as lines:
+        for line in lines:
             command = json.loads(line)
             name = command.pop("op")
             if name == "end":
-                done.set()
+                end.close()
                 break
             try:
-                result = await asyncio.to_thread(getattr(commands, name), **command)
+                result = getattr(commands, name)(**command)
                 reply = {"result": result}
             except ThinpoolError as error:
                 reply = {"error": error.kind, "message": error.message}
             except OSError as error:
                 reply = {"error": "os", "message": str(error), "errno": error.errno}
-            writer.write(json.dumps(reply).encode() + b"\n")
-            await writer.drain()
-        writer.close()
+            connection.sendall(json.dumps(reply).encode() + b"\n")
 
+
+def serve(context: WorkerContext) -> None:
+    if (context.root / "fail").exists():
+        raise HostSpaceError("the program fails because it was told to", path="fail")
+    commands = Commands(context)
+    done, end = socket.socketpair()
     context.listen.settimeout(0)
-    server = await asyncio.start_unix_server(answer, sock=context.listen)
     context.link.serving()
-    waits = {asyncio.ensure_future(context.stopping.wait()), asyncio.ensure_future(done.wait())}
-    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-    for each in waits:
-        each.cancel()
-    server.close()
+    with context.listen, done:
+        while True:
+            ready, _, _ = select.select([context.listen, context.stopping, done], [], [])
+            if ready != [context.listen]:
+                return
+            connection, _ = context.listen.accept()
+            connection.settimeout(None)
+            threading.Thread(target=answer, args=(connection, commands, end), daemon=True).start()

@@ -1,46 +1,44 @@
 """The control plane of a pool's worker: HTTP and JSON on the socket that its supervisor keeps.
 
-Connections are accepted here and handed to aiohttp, or to a raw channel when they begin so. Every
-operation runs in a thread: the loop itself never blocks. The worker ends when nothing has used it
-for a while and nothing is active, open or being built.
+Every operation is done by the thread that reads its request (`thinpool.server.http_server`); raw
+channels and leases have threads of their own. The worker ends when nothing has used it for a while
+and nothing is active, open or being built.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import logging
 import os
+import select
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
-
-from aiohttp import web
 
 from thinpool import errors
 from thinpool.host.mountinfo import open_mount
-from thinpool.server import protocol
+from thinpool.server import http, protocol
+from thinpool.server.http_server import HttpServer, Request
 from thinpool.server.operations import OPERATIONS, STREAMS, Arguments
 from thinpool.server.rawserver import serve_channel
 from thinpool.store.core import Caller
 from thinpool.store.service import PoolService
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from thinpool.host.mountinfo import NamespaceMount
-    from thinpool.server.context import WorkerContext
+    from thinpool.server.context import Stop, WorkerContext
     from thinpool.server.control import SupervisorLink
 
 logger = logging.getLogger(__name__)
 
 _TICK_S: Final = 0.1
-_THREADS: Final = 32
-_END_S: Final = 5.0
-_FIRST_BYTES_S: Final = 30.0
+_CHANNEL_END_S: Final = 5.0
+_END_S: Final = 10.0
+"""For what is being done when the server is told to stop."""
 
 Json = dict[str, Any]
 
@@ -98,66 +96,42 @@ class App:
     """Serves one pool's operations on a listening socket."""
 
     def __init__(
-        self,
-        service: PoolService,
-        listener: socket.socket,
-        *,
-        linger: float,
-        stopping: asyncio.Event,
+        self, service: PoolService, listener: socket.socket, *, linger: float, stopping: Stop
     ) -> None:
         """Nothing is accepted yet."""
         self._service = service
-        self._listener = listener
-        self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="operation")
-        self._channels: dict[socket.socket, threading.Thread] = {}
+        self._http = HttpServer(listener, handle=self._handle, raw=self._channel)
+        self._linger = linger
+        self._stopping = stopping
+        self._lock = threading.Lock()
         self._in_use = 0
         self._used_at = time.monotonic()
-        self._stop = stopping
-        self._finished = asyncio.Event()
-        self._used = asyncio.Event()
-        self._linger = linger
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._ending = False
+        self._resting = False
+        self._changed = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        """Wakes the main thread when it rests, or when all is to end."""
+        self._ended = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        """Ends leases."""
+        self._channels: dict[socket.socket, threading.Thread] = {}
 
     # ---- running ----------------------------------------------------------------------------
 
-    async def run(self, serving: Callable[[], None]) -> None:
+    def run(self, serving: Callable[[], None]) -> None:
         """Serve until the end of use, or until told to stop.
 
         Args:
             serving: called when clients are answered.
         """
-        application = web.Application(
-            client_max_size=protocol.MAX_BODY, middlewares=[self._refuse_when_ending]
-        )
-        application.add_routes(
-            [
-                web.get(f"{protocol.PREFIX}/hello", self._hello),
-                web.post(f"{protocol.PREFIX}/lease", self._lease),
-                web.post(f"{protocol.PREFIX}/shutdown", self._shutdown),
-                web.post(f"{protocol.PREFIX}/{{operation}}", self._operation),
-            ]
-        )
-        runner = web.AppRunner(
-            application, access_log=None, handle_signals=False, keepalive_timeout=3600.0
-        )
-        await runner.setup()
-        self._listener.setblocking(False)  # noqa: FBT003 - the method takes it by position only
-        server = runner.server
-        if server is None:
-            raise errors.ServerError("aiohttp has set nothing up")
-        accepting = asyncio.create_task(self._accept(server))
+        self._http.start()
         serving()
         try:
-            await self._until_unused()
+            self._until_unused()
         finally:
-            self._finished.set()
-            accepting.cancel()
-            await asyncio.gather(accepting, return_exceptions=True)
-            await asyncio.to_thread(self._end_channels)
-            for task in list(self._tasks):
-                task.cancel()
-            await runner.cleanup()
-            self._threads.shutdown(wait=True)
+            with self._lock:
+                self._ending = True
+            os.eventfd_write(self._ended, 1)
+            self._end_channels()
+            self._http.end(seconds=_END_S)
 
     def _end_channels(self) -> None:
         """Their clients open them again with the next server."""
@@ -165,271 +139,237 @@ class App:
         for connection in channels:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RD)  # what was read is answered
+        deadline = time.monotonic() + _CHANNEL_END_S
         for thread in channels.values():
-            thread.join(_END_S)
+            thread.join(max(deadline - time.monotonic(), 0))
 
-    async def _until_unused(self) -> None:
+    def _until_unused(self) -> None:
         """Looks once in a linger time; while volumes are active and nothing else, not at all."""
-        ends: list[asyncio.Future[Any]] = [
-            asyncio.ensure_future(event.wait()) for event in (self._stop, self._finished)
-        ]
-        while not self._ending:
-            unused = time.monotonic() - self._used_at
-            if self._in_use or unused < self._linger:
-                left = self._linger if self._in_use else self._linger - unused
-                await asyncio.wait(
-                    ends, timeout=max(left, _TICK_S), return_when=asyncio.FIRST_COMPLETED
-                )
-                continue
-            used_at = self._used_at
-            self._used.clear()
-            if await self._blocking(lambda: self._service.busy):
-                if await self._blocking(lambda: self._service.busy_until_asked):
-                    await self._until_used(ends)
-                self._used_at = time.monotonic()
-            elif not self._in_use and self._used_at == used_at:
-                # Nothing came in between: from here on requests are sent to the next server.
-                self._finished.set()
-        for each in ends:
-            each.cancel()
+        while not self._ending and not self._stopping.is_set():
+            with self._lock:
+                in_use, used_at = self._in_use, self._used_at
+            unused = time.monotonic() - used_at
+            if in_use or unused < self._linger:
+                left = self._linger if in_use else self._linger - unused
+                self._wait(max(left, _TICK_S))
+            elif self._service.busy:
+                if self._service.busy_until_asked:
+                    self._rest(used_at)
+                with self._lock:
+                    self._used_at = time.monotonic()
+            else:
+                with self._lock:
+                    # Nothing came in between: from here on requests are sent to the next server.
+                    self._ending = not self._in_use and self._used_at == used_at
 
-    async def _until_used(self, ends: Sequence[asyncio.Future[Any]]) -> None:
-        used: asyncio.Future[Any] = asyncio.ensure_future(self._used.wait())
-        await asyncio.wait([*ends, used], return_when=asyncio.FIRST_COMPLETED)
-        used.cancel()
+    def _rest(self, used_at: float) -> None:
+        """Wait until the pool was used again."""
+        with self._lock:
+            self._resting = not self._in_use and self._used_at == used_at
+            if not self._resting:
+                return
+        self._wait(None)
 
-    @property
-    def _ending(self) -> bool:
-        return self._stop.is_set() or self._finished.is_set()
+    def _wait(self, seconds: float | None) -> None:
+        """Until something changes, or so long."""
+        poll = select.poll()
+        poll.register(self._stopping, select.POLLIN)
+        poll.register(self._changed, select.POLLIN)
+        poll.poll(seconds * 1000 if seconds is not None else None)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._changed)
 
-    def _blocking(self, function: Callable[[], Any]) -> Awaitable[Any]:
-        return asyncio.get_running_loop().run_in_executor(self._threads, function)
+    def _begin_use(self) -> bool:
+        """The pool is used from now on; False when this server ends, and nothing may be begun."""
+        with self._lock:
+            if self._ending:
+                return False
+            self._in_use += 1
+            return True
 
-    @contextlib.contextmanager
-    def _using(self) -> Any:  # noqa: ANN401 - a generator of nothing
-        self._in_use += 1
-        try:
-            yield
-        finally:
+    def _end_use(self) -> None:
+        with self._lock:
             self._in_use -= 1
             self._used_at = time.monotonic()
-            self._used.set()
+            woken, self._resting = self._resting, False
+        if woken:
+            os.eventfd_write(self._changed, 1)
 
-    # ---- connections ------------------------------------------------------------------------
+    # ---- what has threads of its own --------------------------------------------------------
 
-    async def _accept(self, server: web.Server) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
+    def _in_thread(self, name: str, work: Callable[[], None]) -> threading.Thread:
+        """Use the pool in a thread of its own, begun by the caller."""
+
+        def run() -> None:
             try:
-                connection, _ = await loop.sock_accept(self._listener)
-            except OSError as error:
-                logger.warning("accepting a connection: %s", error)
-                await asyncio.sleep(_TICK_S)
-                continue
-            task = asyncio.create_task(self._begin(connection, server))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+                work()
+            except Exception:
+                logger.exception("%s", name)
+            finally:
+                self._end_use()
 
-    async def _begin(self, connection: socket.socket, server: web.Server) -> None:
-        """See what a connection is, by its first bytes, and hand it on."""
-        loop = asyncio.get_running_loop()
-        with self._using():
-            try:
-                first = await asyncio.wait_for(_peek(connection), _FIRST_BYTES_S)
-            except (OSError, TimeoutError):
-                first = b""
-            if not first or self._ending:
-                connection.close()
-            elif first == protocol.RAW_MAGIC:
-                connection.setblocking(True)  # noqa: FBT003 - as above
-                await self._channel(connection)
-            else:
-                await loop.connect_accepted_socket(server, connection)
+        return threading.Thread(target=run, name=name, daemon=True)
 
-    async def _channel(self, connection: socket.socket) -> None:
-        """Serve a raw channel in a thread of its own, until its client or this server ends it."""
-        loop = asyncio.get_running_loop()
-        ended = asyncio.Event()
+    def _channel(self, connection: socket.socket) -> None:
+        """Serve a raw channel until its client or this server ends it."""
 
         def work() -> None:
             try:
                 serve_channel(connection, self._service)
             finally:
-                with contextlib.suppress(RuntimeError):  # the loop ended before
-                    loop.call_soon_threadsafe(ended.set)
+                self._channels.pop(connection, None)
 
-        thread = threading.Thread(target=work, name="raw", daemon=True)
+        if not self._begin_use():
+            connection.close()
+            return
+        thread = self._in_thread("raw", work)
         self._channels[connection] = thread
         thread.start()
-        try:
-            await ended.wait()
-        finally:
-            self._channels.pop(connection, None)
 
-    # ---- requests ---------------------------------------------------------------------------
-
-    @web.middleware
-    async def _refuse_when_ending(
-        self,
-        request: web.Request,
-        handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
-    ) -> web.StreamResponse:
-        if self._ending:
-            response = web.Response(status=protocol.ENDING)
-            response.force_close()
-            return response
-        return await handler(request)
-
-    async def _hello(self, _: web.Request) -> web.Response:
-        with self._using():
-            config = self._service.config
-            return web.json_response(
-                {
-                    "result": {
-                        "versions": [protocol.VERSION],
-                        "pool": config.name,
-                        "uuid": config.uuid,
-                        "pid": os.getpid(),
-                    }
-                }
-            )
-
-    async def _operation(self, request: web.Request) -> web.StreamResponse:
-        name = request.match_info["operation"]
-        with self._using():
-            try:
-                arguments = Arguments(await _body(request))
-                caller = _caller(request)
-                if name in STREAMS:
-                    return await self._stream(request, name, arguments, caller)
-                operation = OPERATIONS.get(name)
-                if operation is None:
-                    raise errors.NotFoundError(  # noqa: TRY301 - one way to answer errors
-                        f"there is no operation {name}", operation=name
-                    )
-                result = await self._blocking(lambda: operation(self._service, arguments, caller))
-                return web.json_response({"result": result})
-            except errors.ThinpoolError as error:
-                return web.json_response(
-                    {"error": protocol.error_to_json(error)}, status=protocol.http_status(error)
-                )
-            except Exception as error:
-                logger.exception("operation %s", name)
-                return web.json_response({"error": _bug(error)}, status=500)
-
-    async def _stream(
-        self, request: web.Request, name: str, arguments: Arguments, caller: Caller
-    ) -> web.StreamResponse:
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[Json | None] = asyncio.Queue()
-        slots = asyncio.Semaphore(16)
-
-        def tell(document: Json) -> None:
-            """From the operation's thread; waits for a client that reads slowly."""
-            asyncio.run_coroutine_threadsafe(slots.acquire(), loop).result()
-            loop.call_soon_threadsafe(queue.put_nowait, document)
-
-        def work() -> None:
-            try:
-                last: Json = {"result": STREAMS[name](self._service, arguments, caller, tell)}
-            except errors.ThinpoolError as error:
-                last = {"error": protocol.error_to_json(error)}
-            except Exception as error:
-                logger.exception("operation %s", name)
-                last = {"error": _bug(error)}
-            loop.call_soon_threadsafe(queue.put_nowait, last)
-            loop.call_soon_threadsafe(queue.put_nowait, None)
-
-        response = _stream_response()
-        await response.prepare(request)
-        working = loop.run_in_executor(self._threads, work)
-        gone = False
-        while (document := await queue.get()) is not None:
-            slots.release()
-            if not gone:
-                try:
-                    await response.write(_line(document))
-                except (OSError, RuntimeError):
-                    gone = True  # the operation ends on its own time
-        await working
-        return response
-
-    async def _lease(self, request: web.Request) -> web.StreamResponse:
+    def _lease(self, request: Request) -> None:
         """Hold a lease for as long as the client reads."""
-        body = await _body(request)
-        lease = str(body.get("lease", ""))
+        lease = str(_body(request.body).get("lease", ""))
         if not lease or not lease.isalnum():
-            error = errors.UsageError("a lease's name is letters and digits", what="lease")
-            return web.json_response({"error": protocol.error_to_json(error)}, status=400)
-        response = _stream_response()
-        with self._using():
+            raise errors.UsageError("a lease's name is letters and digits", what="lease")
+        with self._lock:
+            self._in_use += 1  # beside the request's own: it ends soon where this server does
+        connection = request.take()
+        self._in_thread("lease", lambda: self._hold(connection, lease)).start()
+
+    def _hold(self, connection: socket.socket, lease: str) -> None:
+        beat = http.chunk(_line({"lease": lease}))
+        poll = select.poll()
+        poll.register(connection, select.POLLIN | select.POLLRDHUP)
+        poll.register(self._ended, select.POLLIN)
+        with connection:
             self._service.open_lease(lease)
             try:
-                await response.prepare(request)
-                while not self._ending and request.transport is not None:
-                    await response.write(_line({"lease": lease}))
-                    await asyncio.sleep(protocol.LEASE_BEAT_S)
-            except (OSError, RuntimeError):
+                connection.sendall(http.chunked_response(protocol.STREAM_TYPE))
+                connection.sendall(beat)
+                while not poll.poll(protocol.LEASE_BEAT_S * 1000):
+                    connection.sendall(beat)
+            except OSError:
                 pass  # the client is gone
             finally:
                 self._service.suspend_lease(lease)
-        return response
 
-    async def _shutdown(self, _: web.Request) -> web.Response:
-        with self._using():
-            try:
-                if await self._blocking(lambda: self._service.busy):
-                    config = self._service.config
-                    raise errors.BusyError(  # noqa: TRY301 - one way to answer errors
-                        f"pool {config.name} is in use: deactivate what is active, close what "
-                        "is open",
-                        holder=None,
-                        pool=config.name,
-                    )
-            except errors.ThinpoolError as error:
-                return web.json_response(
-                    {"error": protocol.error_to_json(error)}, status=protocol.http_status(error)
-                )
-            except Exception as error:
-                if not self._ending:
-                    logger.exception("shutdown")
-                    return web.json_response({"error": _bug(error)}, status=500)
-            self._finished.set()
-            return web.json_response({"result": {}})
+    # ---- requests ---------------------------------------------------------------------------
 
-
-async def serve(context: WorkerContext) -> None:
-    """Serve a pool until it is not used any more, or is told to stop."""
-    service = await asyncio.to_thread(make_service, context)
-    try:
-        app = App(service, context.listen, linger=context.linger, stopping=context.stopping)
-        await app.run(context.link.serving)
-    finally:
-        await asyncio.to_thread(service.close)
-
-
-async def _peek(connection: socket.socket) -> bytes:
-    """The first four bytes without taking them; empty when there are none to come."""
-    loop = asyncio.get_running_loop()
-    connection.setblocking(False)  # noqa: FBT003 - as above
-    while True:
-        readable = asyncio.Event()
-        loop.add_reader(connection, readable.set)
+    def _handle(self, request: Request) -> None:
+        """Answer a request, unless this server ends."""
+        if not self._begin_use():
+            _send_on(request)
+            return
         try:
-            await readable.wait()
+            self._answer(request)
         finally:
-            loop.remove_reader(connection)
+            self._end_use()
+
+    def _answer(self, request: Request) -> None:
         try:
-            first = connection.recv(len(protocol.RAW_MAGIC), socket.MSG_PEEK)
-        except BlockingIOError:
-            continue
-        if not first or len(first) == len(protocol.RAW_MAGIC):
-            return first
-        await asyncio.sleep(_TICK_S)  # a few bytes, the others are to come
+            result = self._result(request)
+        except errors.ThinpoolError as error:
+            document = {"error": protocol.error_to_json(error)}
+            request.answer(document, status=protocol.http_status(error))
+        except Exception as error:
+            logger.exception("%s", request.path)
+            request.answer({"error": _bug(error)}, status=500)
+        else:
+            if result is not _ANSWERED:
+                request.answer({"result": result})
+
+    def _result(self, request: Request) -> Any:  # noqa: ANN401 - JSON
+        """Do what is asked for; _ANSWERED where that was answered already."""
+        prefix, _, name = request.path.rpartition("/")
+        if prefix != protocol.PREFIX:
+            raise errors.NotFoundError(f"there is no {request.path}", operation=request.path)
+        if name == "hello":
+            return self._hello()
+        if request.method != "POST":
+            raise errors.UsageError(f"{name} is asked for with POST", what="method")
+        operation = OPERATIONS.get(name)
+        if operation is not None:
+            return operation(self._service, Arguments(_body(request.body)), _caller(request.fields))
+        if name in STREAMS:
+            self._stream(request, name)
+        elif name == "lease":
+            self._lease(request)
+        elif name == "shutdown":
+            return self._shutdown()
+        else:
+            raise errors.NotFoundError(f"there is no operation {name}", operation=name)
+        return _ANSWERED
+
+    def _hello(self) -> Json:
+        config = self._service.config
+        return {
+            "versions": [protocol.VERSION],
+            "pool": config.name,
+            "uuid": config.uuid,
+            "pid": os.getpid(),
+        }
+
+    def _stream(self, request: Request, name: str) -> None:
+        """Answer with a document now and then, and the result or the error as the last."""
+        arguments, caller = Arguments(_body(request.body)), _caller(request.fields)
+        connection = request.begin_stream()
+        gone = False
+
+        def tell(document: Json) -> None:
+            """Waits for a client that reads slowly; of one that is gone, ends on its own time."""
+            nonlocal gone
+            if not gone:
+                try:
+                    connection.sendall(http.chunk(_line(document)))
+                except OSError:
+                    gone = True
+
+        try:
+            last: Json = {"result": STREAMS[name](self._service, arguments, caller, tell)}
+        except errors.ThinpoolError as error:
+            last = {"error": protocol.error_to_json(error)}
+        except Exception as error:
+            logger.exception("operation %s", name)
+            last = {"error": _bug(error)}
+        tell(last)
+        if not gone:
+            with contextlib.suppress(OSError):
+                connection.sendall(http.chunk(b""))
+
+    def _shutdown(self) -> Json:
+        if self._service.busy:
+            config = self._service.config
+            raise errors.BusyError(
+                f"pool {config.name} is in use: deactivate what is active, close what is open",
+                holder=None,
+                pool=config.name,
+            )
+        with self._lock:
+            self._ending = True
+        os.eventfd_write(self._changed, 1)
+        return {}
 
 
-async def _body(request: web.Request) -> Json:
-    raw = await request.read()
+_ANSWERED: Final = object()
+
+
+def serve(context: WorkerContext) -> None:
+    """Serve a pool until it is not used any more, or is told to stop."""
+    with context.listen:
+        service = make_service(context)
+        try:
+            app = App(service, context.listen, linger=context.linger, stopping=context.stopping)
+            app.run(context.link.serving)
+        finally:
+            service.close()
+
+
+def _send_on(request: Request) -> None:
+    """Nothing was done: the client asks the next server."""
+    request.answer({}, status=protocol.ENDING, last=True)
+
+
+def _body(raw: bytes) -> Json:
     if not raw:
         return {}
     try:
@@ -441,18 +381,16 @@ async def _body(request: web.Request) -> Json:
     return document
 
 
-def _caller(request: web.Request) -> Caller:
+def _caller(fields: Mapping[str, str]) -> Caller:
     try:
-        timeout = float(request.headers.get(protocol.TIMEOUT_HEADER, "30"))
+        timeout = float(fields.get(_TIMEOUT_FIELD, "30"))
     except ValueError as cause:
         raise errors.UsageError("the timeout is no number", what="timeout") from cause
-    return Caller(request=request.headers.get(protocol.REQUEST_HEADER), timeout=timeout)
+    return Caller(request=fields.get(_REQUEST_FIELD), timeout=timeout)
 
 
-def _stream_response() -> web.StreamResponse:
-    response = web.StreamResponse(headers={"Content-Type": protocol.STREAM_TYPE})
-    response.enable_chunked_encoding()
-    return response
+_TIMEOUT_FIELD: Final = protocol.TIMEOUT_HEADER.lower()
+_REQUEST_FIELD: Final = protocol.REQUEST_HEADER.lower()
 
 
 def _line(document: Json) -> bytes:

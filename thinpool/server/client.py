@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import http.client
 import json
 import os
 import secrets
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from thinpool import errors
 from thinpool.host import units
-from thinpool.server import protocol
+from thinpool.server import http, protocol
 from thinpool.server.control import error_from_wire
 from thinpool.server.raw import VolumeHandle
 from thinpool.store import poolfile
@@ -51,16 +50,77 @@ _START_LOCK: Final = "start.lock"
 Json = dict[str, Any]
 
 
-class _Connection(http.client.HTTPConnection):
-    """HTTP over a unix socket whose path may be longer than sun_path."""
+class _Connection:
+    """A connection to a server."""
 
     def __init__(self, directory: Path, *, timeout: float | None) -> None:
-        super().__init__("thinpool", timeout=timeout)
+        """It is made when it is first needed."""
         self._directory = directory
+        self._timeout = timeout
+        self._stream: http.Stream | None = None
+        self.is_reusable = False
+        """The last answer was read to its end, and another may follow."""
 
-    def connect(self) -> None:
-        """Through the directory's descriptor, which keeps the path short."""
-        self.sock = connect(self._directory, timeout=self.timeout)
+    def connect(self) -> http.Stream:
+        """Connect, unless that was done.
+
+        Raises:
+            OSError: there is no server.
+        """
+        if self._stream is None:
+            self._stream = http.Stream(connect(self._directory, timeout=self._timeout))
+        return self._stream
+
+    def documents(
+        self, operation: str, body: bytes, fields: Mapping[str, str] | None = None
+    ) -> Iterator[Json]:
+        """Ask, and the JSON documents of the answer: one, or one a line.
+
+        Raises:
+            OSError: the connection broke off, or the server ends.
+        """
+        self.is_reusable = False
+        stream = self.connect()
+        given = {"Content-Type": protocol.JSON_TYPE, **(fields or {})}
+        stream.sock.sendall(http.request("POST", f"{protocol.PREFIX}/{operation}", body, given))
+        head = stream.head()
+        if head is None:
+            raise ConnectionResetError("the server closed the connection")
+        status = http.parse_status(head)
+        kind = head.fields.get("content-type", "").partition(";")[0].strip()
+        if status == protocol.ENDING or kind not in {protocol.STREAM_TYPE, protocol.JSON_TYPE}:
+            raise ConnectionResetError(f"the server ends, or is none: {status}")
+        if kind == protocol.JSON_TYPE:
+            length = head.length(largest=sys.maxsize)
+            if length is None:
+                raise http.MalformedError("an answer without a length")
+            document = json.loads(stream.exactly(length))
+            self.is_reusable = not head.is_last
+            yield document
+            return
+        for line in stream.lines():
+            if line.strip():
+                yield json.loads(line)
+
+    @property
+    def is_quiet(self) -> bool:
+        """It can be used again: nothing has come on it, not even its end."""
+        if self._stream is None or self._stream.has_more:
+            return False
+        poll = select.poll()
+        poll.register(self._stream.sock, select.POLLIN)
+        return not poll.poll(0)
+
+    def end(self) -> None:
+        """Let whoever reads from it see its end."""
+        if self._stream is not None:
+            with contextlib.suppress(OSError):
+                self._stream.sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Let go."""
+        if self._stream is not None:
+            self._stream.sock.close()
 
 
 def connect(directory: Path, *, timeout: float | None) -> socket.socket:
@@ -151,8 +211,7 @@ class PoolClient:
     ) -> Any:  # noqa: ANN401 - JSON
         """Ask for an operation that tells how far it is, or that answers text in chunks."""
         body = json.dumps(dict(arguments or {})).encode()
-        headers = {
-            "Content-Type": protocol.JSON_TYPE,
+        fields = {
             protocol.REQUEST_HEADER: secrets.token_hex(16),
             protocol.TIMEOUT_HEADER: f"{self._timeout:g}",
         }
@@ -161,10 +220,9 @@ class PoolClient:
             connection = self._take()
             chunks = _Counted(chunk)
             try:
-                connection.request("POST", f"{protocol.PREFIX}/{operation}", body, headers)
-                return self._answer(connection, progress, chunks)
-            except (OSError, http.client.HTTPException) as cause:
-                connection.close()
+                documents = connection.documents(operation, body, fields)
+                return self._answer(documents, progress, chunks)
+            except OSError as cause:
                 if isinstance(cause, TimeoutError):
                     raise self._no_answer(operation) from cause
                 if deadline is None:
@@ -175,25 +233,25 @@ class PoolClient:
                         f"{self._directory / 'server.log'}",
                         pool=self._pool,
                     ) from cause
-                time.sleep(_RETRY_PAUSE_S)
+            finally:
+                self._give(connection)
+            time.sleep(_RETRY_PAUSE_S)
 
     def _answer(
         self,
-        connection: _Connection,
+        documents: Iterator[Json],
         progress: Callable[[Json], None] | None,
         chunk: Callable[[bytes], None],
     ) -> Any:  # noqa: ANN401 - JSON
-        response = connection.getresponse()
-        for document in _documents(response):
+        for document in documents:
             if "progress" in document:
                 if progress is not None:
                     progress(document["progress"])
             elif "chunk" in document:
                 chunk(document["chunk"].encode())
             else:
-                self._give(connection, response)
                 return _result(document)
-        raise http.client.IncompleteRead(b"")
+        raise ConnectionResetError("an answer without its end")
 
     def _no_answer(self, operation: str) -> errors.ThinpoolError:
         return errors.ServerError(
@@ -204,14 +262,18 @@ class PoolClient:
         with self._lock:
             while self._idle:
                 connection = self._idle.pop()
-                if _is_quiet(connection):
+                if connection.is_quiet:
                     return connection
                 connection.close()
-        self.ensure_server()
-        return _Connection(self._directory, timeout=_IO_PATIENCE_S)
+        connection = _Connection(self._directory, timeout=_IO_PATIENCE_S)
+        try:
+            connection.connect()
+        except OSError:
+            self.ensure_server()
+        return connection
 
-    def _give(self, connection: _Connection, response: http.client.HTTPResponse) -> None:
-        if response.read() or response.will_close:
+    def _give(self, connection: _Connection) -> None:
+        if not connection.is_reusable:
             connection.close()
             return
         with self._lock:
@@ -323,7 +385,7 @@ class PoolClient:
         self.close()
         deadline = time.monotonic() + max(self._timeout, _START_S)
         while self.is_running():
-            with contextlib.suppress(OSError, http.client.HTTPException):
+            with contextlib.suppress(OSError):
                 self._ask_to_end()
             if time.monotonic() > deadline:
                 raise errors.TimeoutError_(
@@ -335,8 +397,7 @@ class PoolClient:
         """Once, on a connection of its own; whoever else starts a server is kept out meanwhile."""
         connection = _Connection(self._directory, timeout=self._timeout)
         try:
-            connection.request("POST", f"{protocol.PREFIX}/shutdown", b"{}")
-            for document in _documents(connection.getresponse()):
+            for document in connection.documents("shutdown", b"{}"):
                 _result(document)
         finally:
             connection.close()
@@ -389,7 +450,7 @@ class Lease:
             try:
                 self._client.ensure_server()
                 self._hold()
-            except (OSError, http.client.HTTPException):
+            except OSError:
                 time.sleep(_RETRY_PAUSE_S)
             except errors.ThinpoolError as error:
                 self._failed = error
@@ -401,11 +462,7 @@ class Lease:
         self._connection = connection
         try:
             body = json.dumps({"lease": self.id}).encode()
-            connection.request(
-                "POST", f"{protocol.PREFIX}/lease", body, {"Content-Type": protocol.JSON_TYPE}
-            )
-            response = connection.getresponse()
-            for document in _documents(response):
+            for document in connection.documents("lease", body):
                 if "error" in document:
                     raise protocol.error_from_json(document["error"])
                 self._known.set()
@@ -419,10 +476,8 @@ class Lease:
         self._ended.set()
         with contextlib.suppress(errors.ServerError):
             self._client.call("close_lease", {"lease": self.id})
-        connection = self._connection
-        if connection is not None and connection.sock is not None:
-            with contextlib.suppress(OSError):
-                connection.sock.shutdown(socket.SHUT_RDWR)
+        if self._connection is not None:
+            self._connection.end()
         self._thread.join(timeout=self._timeout)
 
     def __enter__(self) -> Self:
@@ -444,33 +499,10 @@ def _close_all(idle: list[_Connection]) -> None:
         idle.pop().close()
 
 
-def _documents(response: http.client.HTTPResponse) -> Iterator[Json]:
-    """The JSON documents of a reply: one, or one a line."""
-    kind = response.headers.get_content_type()
-    if response.status == protocol.ENDING or kind not in {
-        protocol.STREAM_TYPE,
-        protocol.JSON_TYPE,
-    }:
-        raise http.client.HTTPException(f"the server ends, or is none: {response.status}")
-    if kind == protocol.JSON_TYPE:
-        yield json.loads(response.read())
-        return
-    while line := response.readline():
-        if line.strip():
-            yield json.loads(line)
-
-
 def _result(document: Json) -> Any:  # noqa: ANN401 - JSON
     if "error" in document:
         raise protocol.error_from_json(document["error"])
     return document.get("result")
-
-
-def _is_quiet(connection: _Connection) -> bool:
-    """An idle connection that can be used: nothing has come on it, not even its end."""
-    if connection.sock is None:
-        return False
-    return not select.select([connection.sock], [], [], 0)[0]
 
 
 @contextlib.contextmanager

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import select
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from thinpool import errors
 from thinpool.server.shm import ServedTable, ServedVolume
 
 if TYPE_CHECKING:
-    import asyncio
     import socket
     from pathlib import Path
 
@@ -173,11 +174,41 @@ class ServedVolumes:
             self._volumes.clear()
 
 
+class Stop:
+    """Tells once that all shall end. Set from anywhere, signal handlers too; waited for by many.
+
+    Kept open as long as the process lives: what sets it may come late.
+    """
+
+    def __init__(self) -> None:
+        """Not yet."""
+        # Not an Event: its lock may be held where a signal handler comes in between.
+        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def set(self) -> None:
+        """Tell."""
+        os.eventfd_write(self._event, 1)
+
+    def is_set(self) -> bool:
+        """Whether that was told."""
+        return self.wait(0)
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until it is told, or so long; whether it was."""
+        poll = select.poll()
+        poll.register(self._event, select.POLLIN)
+        return bool(poll.poll(seconds * 1000 if seconds is not None else None))
+
+    def fileno(self) -> int:
+        """Readable from when it is told."""
+        return self._event
+
+
 @dataclass(slots=True, kw_only=True)
 class WorkerContext:
     """Everything that a pool's server program works with.
 
-    The program is ``async def serve(context: WorkerContext) -> None``. It accepts clients on
+    The program is ``def serve(context: WorkerContext) -> None``. It accepts clients on
     ``listen``, calls ``link.serving()`` when it does, and returns when ``stopping`` is set or when
     the pool was not used for ``linger`` seconds; the worker then closes the pool.
 
@@ -205,7 +236,7 @@ class WorkerContext:
     link: SupervisorLink
     linger: float
     restarted: bool
-    stopping: asyncio.Event = field()
+    stopping: Stop
 
     @property
     def pool(self) -> PoolBackend:

@@ -4,7 +4,7 @@ Started by the supervisor alone, with everything inherited that outlives it. It 
 any time. Its exit code says what next: EXIT_DONE ends the server, any other has it replaced.
 
 What is imported here is on the way to answering requests that wait since the last worker died, so
-the program of the clients (aiohttp and all) is imported when the data plane runs.
+the program of the clients is imported when the data plane runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final
 from thinpool import errors
 from thinpool.host.failures import failure
 from thinpool.server import control, process
-from thinpool.server.context import ServedVolumes, WorkerContext
+from thinpool.server.context import ServedVolumes, Stop, WorkerContext
 from thinpool.server.fuse_server import FuseServer, slots_size
 from thinpool.server.shm import REDO_BYTES, ServedTable
 from thinpool.store.dmdevices import DmDevices
@@ -32,8 +32,7 @@ from thinpool.store.opening import OpenPool, open_dm_pool, open_pool
 from thinpool.store.poolfile import PoolConfig, read_config
 
 if TYPE_CHECKING:
-    import asyncio
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Callable, Iterator
 
     from thinpool.dm.engine import DmPool
     from thinpool.engine import Pool
@@ -163,13 +162,11 @@ class KernelPlane:
             process.log(f"worker: the pool stays with the kernel: {error.message}")
 
 
-def _program(name: str) -> Callable[[WorkerContext], Awaitable[None]]:
+def _program(name: str) -> Callable[[WorkerContext], None]:
     import importlib  # noqa: PLC0415 - after the data plane runs
 
     module, function = name.split(":")
-    found: Callable[[WorkerContext], Awaitable[None]] = getattr(
-        importlib.import_module(module), function
-    )
+    found: Callable[[WorkerContext], None] = getattr(importlib.import_module(module), function)
     return found
 
 
@@ -183,8 +180,7 @@ class Worker:
         for fd in arguments.fuse_fds:
             _keep(fd)
         self._arguments = arguments
-        self._ended = threading.Event()
-        self._wake: Callable[[], None] = lambda: None
+        self._stopping = Stop()
         self.link = control.SupervisorLink(
             socket.socket(fileno=arguments.control_fd), self._supervisor_is_gone
         )
@@ -238,12 +234,12 @@ class Worker:
             try:
                 by_itself = self._serve_clients(plane, config)
             except Exception as error:
-                if self._ended.is_set() or plane.disconnected or not _serves(plane):
+                if self._stopping.is_set() or plane.disconnected or not _serves(plane):
                     if isinstance(error, errors.ThinpoolError):
                         self.link.failed(error)
                     raise
                 process.log(f"worker: {type(error).__name__}: {error}: trying again")
-                self._ended.wait(pause)
+                self._stopping.wait(pause)
                 pause = min(pause * 2, _LONGEST_PAUSE)
                 continue
             if plane.disconnected:
@@ -254,21 +250,9 @@ class Worker:
 
     def _serve_clients(self, plane: DataPlane | KernelPlane, config: PoolConfig) -> bool:
         """Run the program; whether it ended by itself, the pool being no longer used."""
-        import asyncio  # noqa: PLC0415 - after the data plane runs
-
-        async def main() -> bool:
-            loop = asyncio.get_running_loop()
-            stopping = asyncio.Event()
-
-            def stop() -> None:
-                loop.call_soon_threadsafe(stopping.set)
-
-            self._wake = stop
-            if self._ended.is_set():
-                stop()
-            plane.on_disconnect(stop)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, stopping.set)
+        stopping = self._stopping
+        with _on_signals(stopping.set):
+            plane.on_disconnect(stopping.set)
             context = WorkerContext(
                 root=self._arguments.root,
                 config=config,
@@ -282,36 +266,29 @@ class Worker:
                 restarted=self._arguments.restarted,
                 stopping=stopping,
             )
-            await _run_until_stopped(_program(self._arguments.program)(context), stopping)
+            _program(self._arguments.program)(context)
             return not stopping.is_set()
-
-        return asyncio.run(main())
 
     def _supervisor_is_gone(self) -> None:
         """End in order, if that can be done soon: nobody keeps the log of what is not committed."""
         process.log("worker: the supervisor is gone, ending")
-        self._ended.set()
-        with contextlib.suppress(RuntimeError):  # the event loop ended meanwhile
-            self._wake()
+        self._stopping.set()
         time.sleep(_STOP_SECONDS)
         os._exit(1)
 
 
-async def _run_until_stopped(program: Awaitable[None], stopping: asyncio.Event) -> None:
-    import asyncio  # noqa: PLC0415 - after the data plane runs
-
-    task = asyncio.ensure_future(program)
-    stop = asyncio.ensure_future(stopping.wait())
-    await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
-    if not task.done():
-        await asyncio.wait({task}, timeout=_STOP_SECONDS)
-    for each in (task, stop):
-        if not each.done():
-            each.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await each
-    if not task.cancelled():
-        task.result()
+@contextlib.contextmanager
+def _on_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Have a function called when this process is told to end."""
+    before = {
+        number: signal.signal(number, lambda *_: stop())
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _serves(plane: DataPlane | KernelPlane) -> bool:
