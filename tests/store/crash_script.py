@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from tests.store.pools import MIB, opened
-from thinpool.store import core
+from thinpool.store import core, intentlog
 from thinpool.store.core import Caller
 from thinpool.store.making import Publication
 
@@ -18,6 +18,11 @@ def create(service):
 
 def snapshot(service):
     service.snapshot("a", "new", caller=Caller(request="r1"))
+
+
+def snapshot_with_full_log(service):
+    service._catalogue._log._next = intentlog.SIZE // 4096
+    snapshot(service)
 
 
 def snapshot_many(service):

@@ -84,6 +84,17 @@ def test_making_is_done_or_not_and_can_be_asked_again(with_two, reopen, operatio
                 assert raw.read(0, 13) == b"contents of a"
 
 
+@pytest.mark.parametrize("step", ["log-emptied", *STEPS])
+def test_snapshot_that_begins_the_log_of_intents_anew_is_done_or_not(with_two, reopen, step):
+    run(with_two, "snapshot_with_full_log", step)
+    with reopen() as service:
+        assert_agrees(service)
+        done = {"new"} if step in {"applied", "recorded"} else set()
+        assert names(service) == {"a", "b"} | done
+        assert service.snapshot("a", "new", caller=Caller(request="r1")).name == "new"
+        assert_agrees(service)
+
+
 @pytest.mark.parametrize("step", STEPS)
 def test_many_snapshots_are_all_there_or_none_and_can_be_asked_again(with_two, reopen, step):
     run(with_two, "snapshot_many", step)

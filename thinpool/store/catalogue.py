@@ -1,12 +1,15 @@
-"""The catalogue of one pool, in SQLite: names, kinds, lineage, sizes, seals, intents.
+"""The catalogue of one pool, in SQLite: names, kinds, lineage, sizes, seals; and its intents.
 
 One process holds it at a time: the pool's server. Everything durable about a volume but its
 mappings stands here, sizes included, which the pool's metadata does not know.
 
 Invariants:
-- At most one intent is open. It is written before the pool is changed and goes in the same
-  transaction as its result is written, so the pool's transaction id says which side of the change
-  a crash fell on.
+- At most one intent is open. It is made durable before the pool is changed, in the log of intents
+  (`thinpool.store.intentlog`) or, where it is too long for that, in a table here; so the pool's
+  transaction id says which side of the change a crash fell on.
+- Each intent in the log has a number, and what is settled is recorded with its result: up to which
+  number. A power cut may take results, the last ones first. Then several intents stand, each but
+  the last settled before the next was written.
 - ``name`` is unique; what is being built or removed has a name that nobody can type.
 - Every write is one transaction, durable on return (WAL with synchronous=FULL), but for those of
   activations, which a power cut ends in any case, and of results, whose intents are durable.
@@ -14,35 +17,49 @@ Invariants:
   made long enough at open and begun anew before its end, and the file holds free pages. So what
   fills the disk can always be removed.
 
+What is asked for again and again is kept in memory, a bounded part of it: nobody else writes here.
+
 Thread-safe: one connection behind one lock.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sqlite3
 import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final, Self, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from thinpool import errors
 from thinpool.engine import VOLUME_ID_MAX, Change, ChangeKind
 from thinpool.model import Consistency, Kind, VolumeId
+from thinpool.store import intentlog
+from thinpool.store.crashpoint import reached
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from pathlib import Path
+    from collections.abc import Iterator, Mapping, Sequence
     from types import TracebackType
 
-VERSION: Final = 2
+logger = logging.getLogger(__name__)
+
+VERSION: Final = 3
 REQUEST_AGE_S: Final = 600.0
 _CHECKPOINT_PAGES: Final = 64
 """The log is begun anew after so many, 256 KiB."""
 _RESERVE_BYTES: Final = 512 << 10
 
 _IDS_AT_ONCE: Final = 64
+_KNOWN_MAX: Final = 256
+"""Rows of volumes that are kept in memory."""
+_LOG: Final = "intent_log"
+_SETTLED: Final = "settled"
+_TRANSACTION: Final = "transaction_id"
+_NEXT: Final = "next_id"
 
 READY: Final = "ready"
 BUILDING: Final = "building"
@@ -107,6 +124,7 @@ BEGIN INSERT INTO changed VALUES (old.id); END;
 """Which rows changed since that was asked last. In memory, and undone with what is undone."""
 
 
+_PERSISTENT_SINCE: Final = 2
 _SINCE_2: Final = """
 CREATE TABLE persistent (
     id INTEGER PRIMARY KEY REFERENCES volumes (id) ON DELETE CASCADE,
@@ -229,6 +247,30 @@ class Intent:
     request: str | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Standing:
+    """An intent without a result.
+
+    Attributes:
+        intent: it.
+        number: in the log; None of one in the table.
+        made: seconds since the epoch.
+    """
+
+    intent: Intent
+    number: int | None
+    made: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """A request that was done, and stands nowhere yet but in the log of intents."""
+
+    operation: str
+    ids: tuple[int, ...]
+    made: float
+
+
 class Catalogue:
     """One pool's catalogue. Thread-safe."""
 
@@ -242,6 +284,12 @@ class Catalogue:
         self.path = str(path)
         self._lock = threading.RLock()
         self._depth = 0
+        self._is_flushing = True
+        self._known: dict[int, Record] = {}
+        self._ids: dict[str, int] = {}
+        self._meta: dict[str, str | None] = {}
+        self._active: dict[int, ActivationRecord] | None = None
+        self._done: dict[str, _Done] = {}
         try:
             self._db = sqlite3.connect(
                 self.path, isolation_level=None, check_same_thread=False, timeout=10.0
@@ -267,8 +315,9 @@ class Catalogue:
             else:
                 self.is_new = False
                 if version < VERSION:
+                    since = _SINCE_2 if version < _PERSISTENT_SINCE else ""
                     self._db.executescript(
-                        f"BEGIN IMMEDIATE;{_SINCE_2}PRAGMA user_version = {VERSION};COMMIT;"
+                        f"BEGIN IMMEDIATE;{since}PRAGMA user_version = {VERSION};COMMIT;"
                     )
             self._db.execute("CREATE INDEX IF NOT EXISTS requests_by_age ON requests (made)")
             self._db.execute("PRAGMA temp_store = MEMORY")
@@ -280,6 +329,46 @@ class Catalogue:
                 "thinpool rebuilds it from the pool and the copy of the names beside it",
                 path=self.path,
             ) from cause
+        self._log = self._open_log()
+        self._standing = self._find_standing()
+        self._number = int(self.get(_SETTLED) or 0)
+        if self._log is not None:
+            self._number = max([self._number, *(each.sequence for each in self._log.entries)])
+            self._log.forget()
+
+    def _open_log(self) -> intentlog.IntentLog | None:
+        """The log of intents; None where a full disk has no space for a new one."""
+        token = self.get(_LOG)
+        if token is None:
+            token = os.urandom(intentlog.TOKEN_BYTES).hex()
+            self.put(_LOG, token)
+        path = Path(self.path + intentlog.SUFFIX)
+        try:
+            return intentlog.IntentLog(path, bytes.fromhex(token))
+        except errors.HostSpaceError:
+            return None
+
+    def _find_standing(self) -> list[_Standing]:
+        """What has no result, in the order in which it was decided."""
+        standing = [
+            _Standing(intent=_intent_of(row), number=None, made=time.time())
+            for row in self._rows("SELECT * FROM intents")
+        ]
+        settled = int(self.get(_SETTLED) or 0)
+        old = time.time() - REQUEST_AGE_S
+        for entry in self._log.entries if self._log is not None else ():
+            if entry.sequence > settled:
+                intent = _intent_of(json.loads(entry.payload))
+                standing.append(_Standing(intent=intent, number=entry.sequence, made=entry.made))
+            elif entry.made > old:
+                self._remember(_intent_of(json.loads(entry.payload)), entry.made)
+        return standing
+
+    def _remember(self, intent: Intent, made: float) -> None:
+        """Know a request that was done as long as the log keeps its intent."""
+        if intent.request is not None:
+            ids = tuple(record.id for record in intent.insert)
+            self._done[intent.request] = _Done(intent.operation, ids, made)
 
     def _reserve(self) -> None:
         """Let the log and the file have space to write in; best effort on a disk that is full."""
@@ -315,9 +404,7 @@ class Catalogue:
                     self._depth -= 1
                 return
             try:
-                if not durable:
-                    # In WAL mode: the log is not flushed at this commit, but by the next that is.
-                    self._db.execute("PRAGMA synchronous = NORMAL")
+                self._flush_commits(durable)
                 self._db.execute("BEGIN IMMEDIATE")
                 self._depth = 1
                 try:
@@ -330,8 +417,12 @@ class Catalogue:
                 raise self._failure(cause) from cause
             finally:
                 self._depth = 0
-                if not durable:
-                    self._db.execute("PRAGMA synchronous = FULL")
+
+    def _flush_commits(self, wanted: bool) -> None:  # noqa: FBT001 - as a switch has it
+        """Have the log flushed at commits from now on, or, in WAL mode, by the next that is."""
+        if wanted != self._is_flushing:
+            self._db.execute(f"PRAGMA synchronous = {'FULL' if wanted else 'NORMAL'}")
+            self._is_flushing = wanted
 
     def _commit(self) -> None:
         try:
@@ -341,6 +432,7 @@ class Catalogue:
             raise
 
     def _roll_back(self) -> None:
+        self._forget_all()
         if self._db.in_transaction:  # SQLite has rolled back some failures by itself
             self._db.execute("ROLLBACK")
 
@@ -367,33 +459,69 @@ class Catalogue:
         except sqlite3.Error as cause:
             raise self._failure(cause) from cause
 
+    def _forget_all(self) -> None:
+        """What is known of the rows may not be so."""
+        self._known.clear()
+        self._ids.clear()
+        self._meta.clear()
+        self._active = None
+
+    def _know(self, record: Record) -> Record:
+        with self._lock:
+            if len(self._known) >= _KNOWN_MAX:
+                self._known.clear()
+                self._ids.clear()
+            self._known[record.id] = record
+            self._ids[record.name] = record.id
+        return record
+
+    def _forget(self, volume_id: int) -> None:
+        record = self._known.pop(volume_id, None)
+        if record is not None:
+            self._ids.pop(record.name, None)
+
     # ---- meta -------------------------------------------------------------------------------
 
     def get(self, key: str) -> str | None:
         """A value of the meta table."""
-        rows = self._rows("SELECT value FROM meta WHERE key = ?", (key,))
-        return cast("str", rows[0]["value"]) if rows else None
+        with self._lock:
+            if key not in self._meta:
+                rows = self._rows("SELECT value FROM meta WHERE key = ?", (key,))
+                self._meta[key] = rows[0]["value"] if rows else None
+            return self._meta[key]
 
     def put(self, key: str, value: str) -> None:
         """Set one."""
-        with self.transaction() as db:
+        self._put_all({key: value}, durable=True)
+
+    def _put_all(self, values: Mapping[str, str], *, durable: bool) -> None:
+        places = ", ".join("(?, ?)" for _ in values)
+        given = [each for pair in values.items() for each in pair]
+        with self.transaction(durable=durable) as db:
             db.execute(
-                "INSERT INTO meta VALUES (?, ?) "
+                f"INSERT INTO meta VALUES {places} "  # noqa: S608 - places alone
                 "ON CONFLICT (key) DO UPDATE SET value = excluded.value",
-                (key, value),
+                given,
             )
+            self._meta.update(values)
 
     # ---- volumes ----------------------------------------------------------------------------
 
     def find(self, name: str) -> Record | None:
         """By name, whatever its state."""
-        rows = self._rows("SELECT * FROM volumes WHERE name = ?", (name,))
-        return _record(rows[0]) if rows else None
+        with self._lock:
+            if (volume_id := self._ids.get(name)) is not None:
+                return self._known[volume_id]
+            rows = self._rows("SELECT * FROM volumes WHERE name = ?", (name,))
+            return self._know(_record(rows[0])) if rows else None
 
     def by_id(self, volume_id: int) -> Record | None:
         """By id."""
-        rows = self._rows("SELECT * FROM volumes WHERE id = ?", (volume_id,))
-        return _record(rows[0]) if rows else None
+        with self._lock:
+            if (known := self._known.get(volume_id)) is not None:
+                return known
+            rows = self._rows("SELECT * FROM volumes WHERE id = ?", (volume_id,))
+            return self._know(_record(rows[0])) if rows else None
 
     def records(self, *states: str) -> list[Record]:
         """All of some states (of all states when none is given), in the order of their ids."""
@@ -451,12 +579,16 @@ class Catalogue:
         row = changed.row()
         assignments = ", ".join(f"{name} = :{name}" for name in row if name != "id")
         with self.transaction() as db:
+            self._forget(record.id)
             db.execute(f"UPDATE volumes SET {assignments} WHERE id = :id", row)  # noqa: S608 - as above
         return changed
 
     def delete(self, volume_id: int) -> None:
         """Drop a row; its children have no parent then."""
         with self.transaction() as db:
+            for known in [each for each in self._known.values() if each.parent == volume_id]:
+                self._forget(known.id)  # it has no parent from now on
+            self._forget(volume_id)
             db.execute("DELETE FROM volumes WHERE id = ?", (volume_id,))
 
     def free_ids(self) -> Iterator[VolumeId]:
@@ -489,16 +621,31 @@ class Catalogue:
 
     def activations(self) -> list[ActivationRecord]:
         """All of them."""
-        return [_activation(row) for row in self._rows("SELECT * FROM activations ORDER BY id")]
+        with self._lock:
+            return list(self._all_active().values())
+
+    def _all_active(self) -> dict[int, ActivationRecord]:
+        """By id, in the order of their ids."""
+        if self._active is None:
+            rows = self._rows("SELECT * FROM activations ORDER BY id")
+            self._active = {row["id"]: _activation(row) for row in rows}
+        return self._active
 
     def activation(self, volume_id: int) -> ActivationRecord | None:
         """One volume's."""
-        rows = self._rows("SELECT * FROM activations WHERE id = ?", (volume_id,))
-        return _activation(rows[0]) if rows else None
+        with self._lock:
+            return self._all_active().get(volume_id)
+
+    def activations_of(self, ids: Sequence[int]) -> dict[int, ActivationRecord]:
+        """Those of some volumes, by id."""
+        with self._lock:
+            active = self._all_active()
+            return {each: active[each] for each in ids if each in active}
 
     def put_activations(self, records: Sequence[ActivationRecord]) -> None:
         """Add or replace some, in one transaction that no power cut need survive."""
         with self.transaction(durable=False) as db:
+            self._active = None
             db.executemany(
                 "INSERT OR REPLACE INTO activations VALUES (?, ?, ?, ?, ?, ?, ?)",
                 [
@@ -518,13 +665,14 @@ class Catalogue:
     def delete_activations(self, ids: Sequence[int]) -> None:
         """Drop some, likewise."""
         with self.transaction(durable=False) as db:
+            self._active = None
             db.executemany("DELETE FROM activations WHERE id = ?", [(each,) for each in ids])
 
     def next_generations(self, count: int) -> range:
         """Numbers that no activation had before, since the last power cut at least."""
         with self.transaction(durable=False):
             first = int(self.get("generation") or 0) + 1
-            self.put("generation", str(first + count - 1))
+            self._put_all({"generation": str(first + count - 1)}, durable=False)
             return range(first, first + count)
 
     # ---- what persists ----------------------------------------------------------------------
@@ -557,72 +705,107 @@ class Catalogue:
     # ---- intents ----------------------------------------------------------------------------
 
     def intent(self) -> Intent | None:
-        """The open one."""
-        rows = self._rows("SELECT * FROM intents")
-        if not rows:
-            return None
-        row = rows[0]
-        result = json.loads(row["result"])
-        return Intent(
-            operation=row["operation"],
-            expected=row["expected"],
-            new=row["new"],
-            changes=tuple(
-                Change(kind=ChangeKind(kind), id=VolumeId(volume_id), origin=origin)
-                for kind, volume_id, origin in json.loads(row["changes"])
-            ),
-            insert=tuple(_record(each) for each in result["insert"]),
-            delete=tuple(VolumeId(each) for each in result["delete"]),
-            request=result["request"],
-        )
+        """The open one; of several that a power cut left standing, the first."""
+        with self._lock:
+            return self._standing[0].intent if self._standing else None
+
+    def intents(self) -> list[Intent]:
+        """All that stand, in the order in which they were decided."""
+        with self._lock:
+            return [each.intent for each in self._standing]
 
     def write_intent(self, intent: Intent) -> None:
-        """Record what is about to be done to the pool."""
-        changes = [(int(change.kind), change.id, change.origin) for change in intent.changes]
-        result = {
-            "insert": [record.row() for record in intent.insert],
-            "delete": list(intent.delete),
-            "request": intent.request,
-        }
+        """Record what is about to be done to the pool. Durable on return.
+
+        Raises:
+            BusyError: another one is open.
+            HostSpaceError, StorageIOError: the host's. What cannot be said to have been written
+                is one that was not done, should it be found.
+        """
+        document = _document_of(intent)
+        with self._lock:
+            if self._standing:
+                raise errors.BusyError(
+                    f"'{self._standing[0].intent.operation}' is under way", holder=None
+                )
+            made = time.time()
+            payload = json.dumps(document).encode()
+            number = None
+            if self._log is not None and self._log.takes(payload):
+                number = self._write_to_log(self._log, payload, made)
+            else:
+                with self.transaction() as db:
+                    db.execute(
+                        "INSERT INTO intents VALUES "
+                        "(1, :operation, :expected, :new, :changes, :result)",
+                        document,
+                    )
+            self._standing.append(_Standing(intent=intent, number=number, made=made))
+
+    def _write_to_log(self, log: intentlog.IntentLog, payload: bytes, made: float) -> int:
+        if not log.has_room(payload):
+            self._empty_log()
+            reached("log-emptied")
+        self._number += 1
+        log.write(intentlog.Entry(self._number, made, payload))
+        return self._number
+
+    def _empty_log(self) -> None:
+        """Make durable here what the log of intents tells, so that it may be written over."""
         with self.transaction() as db:
-            db.execute(
-                "INSERT INTO intents VALUES (1, ?, ?, ?, ?, ?)",
-                (
-                    intent.operation,
-                    intent.expected,
-                    intent.new,
-                    json.dumps(changes),
-                    json.dumps(result),
-                ),
+            self._drop_old_requests(db)
+            db.executemany(
+                "INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?)",
+                [
+                    (request, done.operation, json.dumps(done.ids), done.made)
+                    for request, done in self._done.items()
+                ],
             )
+            self._put_all({_SETTLED: str(self._number)}, durable=True)
+        self._done.clear()
 
     def complete_intent(self, intent: Intent) -> None:
-        """Record that it was done, with its result, in one transaction.
+        """Record that the open one was done, with its result, in one transaction.
 
-        A power cut may take it: the intent stands again then, the pool is at its new transaction,
-        and the next open records the result. What is written later takes it along to the disk.
+        A power cut may take it: the intent stands again then, the pool is at its new transaction
+        or a later one, and the next open records the result. What is written durably later takes
+        it along to the disk.
         """
-        with self.transaction(durable=False) as db:
-            for volume_id in intent.delete:
-                self.delete(volume_id)
-            for record in intent.insert:
-                parent = record.parent
-                if parent is not None and self.by_id(parent) is None:
-                    parent = None
-                self.insert(replace(record, parent=parent))
-            if intent.insert:
-                self.put("next_id", str(intent.insert[-1].id + 1))
-            if intent.request is not None:
-                self.put_request(
-                    intent.request, intent.operation, [record.id for record in intent.insert]
-                )
-            self.put("transaction_id", str(intent.new))
-            db.execute("DELETE FROM intents")
+        with self._lock:
+            standing = self._standing[0]
+            with self.transaction(durable=False) as db:
+                for volume_id in intent.delete:
+                    self.delete(volume_id)
+                for record in intent.insert:
+                    parent = record.parent
+                    if parent is not None and self.by_id(parent) is None:
+                        parent = None
+                    self.insert(record if parent == record.parent else replace(record, parent=None))
+                values = {_TRANSACTION: str(intent.new)}
+                if intent.insert:
+                    values[_NEXT] = str(intent.insert[-1].id + 1)
+                if standing.number is not None:
+                    values[_SETTLED] = str(standing.number)
+                else:
+                    db.execute("DELETE FROM intents")
+                    if intent.request is not None:
+                        ids = [record.id for record in intent.insert]
+                        self.put_request(intent.request, intent.operation, ids)
+                self._put_all(values, durable=False)
+            if standing.number is not None:
+                self._remember(intent, standing.made)
+            del self._standing[0]
 
     def drop_intent(self) -> None:
-        """Record that it was not done."""
-        with self.transaction() as db:
-            db.execute("DELETE FROM intents")
+        """Record that the open one was not done."""
+        with self._lock:
+            number = self._standing[0].number
+            with self.transaction() as db:
+                if number is None:
+                    db.execute("DELETE FROM intents")
+                else:
+                    self._put_all({_SETTLED: str(number)}, durable=True)
+            del self._standing[0]
 
     # ---- requests ---------------------------------------------------------------------------
 
@@ -630,14 +813,21 @@ class Catalogue:
         """Remember that a request was done, and which volumes came of it."""
         now = time.time()
         with self.transaction() as db:
-            db.execute("DELETE FROM requests WHERE made < ?", (now - REQUEST_AGE_S,))
+            self._drop_old_requests(db)
             db.execute(
                 "INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?)",
                 (request, operation, json.dumps(list(ids)), now),
             )
 
+    def _drop_old_requests(self, db: sqlite3.Connection) -> None:
+        db.execute("DELETE FROM requests WHERE made < ?", (time.time() - REQUEST_AGE_S,))
+
     def request(self, request: str) -> list[VolumeId] | None:
         """The volumes that came of a request; None when it was not done."""
+        with self._lock:
+            done = self._done.get(request)
+        if done is not None:
+            return [VolumeId(each) for each in done.ids]
         rows = self._rows("SELECT ids FROM requests WHERE request = ?", (request,))
         return [VolumeId(each) for each in json.loads(rows[0]["ids"])] if rows else None
 
@@ -647,6 +837,8 @@ class Catalogue:
         """Let go."""
         with self._lock:
             self._db.close()
+            if self._log is not None:
+                self._log.close()
 
     def __enter__(self) -> Self:
         """The catalogue itself."""
@@ -660,6 +852,39 @@ class Catalogue:
     ) -> None:
         """Close."""
         self.close()
+
+
+def _document_of(intent: Intent) -> dict[str, Any]:
+    """As it is written down."""
+    result = {
+        "insert": [record.row() for record in intent.insert],
+        "delete": intent.delete,
+        "request": intent.request,
+    }
+    return {
+        "operation": intent.operation,
+        "expected": intent.expected,
+        "new": intent.new,
+        "changes": json.dumps([(int(each.kind), each.id, each.origin) for each in intent.changes]),
+        "result": json.dumps(result),
+    }
+
+
+def _intent_of(document: Mapping[str, Any] | sqlite3.Row) -> Intent:
+    """From what was written down."""
+    result = json.loads(document["result"])
+    return Intent(
+        operation=document["operation"],
+        expected=document["expected"],
+        new=document["new"],
+        changes=tuple(
+            Change(kind=ChangeKind(kind), id=VolumeId(volume_id), origin=origin)
+            for kind, volume_id, origin in json.loads(document["changes"])
+        ),
+        insert=tuple(_record(each) for each in result["insert"]),
+        delete=tuple(VolumeId(each) for each in result["delete"]),
+        request=result["request"],
+    )
 
 
 def _of_states(states: Sequence[str]) -> tuple[str, Sequence[str]]:

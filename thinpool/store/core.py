@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
+    from thinpool import engine
     from thinpool.engine import BlockDevice, PoolBackend
     from thinpool.host.mountinfo import NamespaceMount
     from thinpool.model import VolumeId
@@ -361,12 +362,22 @@ class PoolCore:
         insert: Sequence[Record] = (),
         delete: Sequence[VolumeId] = (),
         request: str | None,
+        status: engine.PoolStatus | None = None,
     ) -> None:
-        """Intent, change, result. Call with the pool's lock held."""
-        left = self._catalogue.intent()
-        if left is not None:
+        """Intent, change, result. Call with the pool's lock held.
+
+        Args:
+            operation: its name.
+            changes: of the pool.
+            insert: rows to write when they are done.
+            delete: ids of rows to delete then.
+            request: what asked for it.
+            status: of the pool, where it was asked for since the lock is held.
+        """
+        if self._catalogue.intent() is not None:
             reconcile(self._catalogue, self._pool)
-        expected = self._pool.status().transaction_id
+            status = None
+        expected = (status or self._pool.status()).transaction_id
         intent = Intent(
             operation=operation,
             expected=expected,

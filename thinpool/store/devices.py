@@ -223,7 +223,7 @@ class Devices(ABC):
 
     def find_all(self, records: Sequence[Record]) -> dict[VolumeId, Device]:
         """The devices of those that are active, by id."""
-        active = {each.id for each in self._catalogue.activations()}
+        active = self._catalogue.activations_of([record.id for record in records])
         found = {record.id: self.find(record) for record in records if record.id in active}
         return {volume_id: device for volume_id, device in found.items() if device is not None}
 
@@ -357,9 +357,12 @@ class LoopDevices(Devices):
         served = self._served
         if served is None:
             return {}
-        numbers = {each.id: each.loop for each in self._catalogue.activations()}
+        found = self._catalogue.activations_of([record.id for record in records])
         active = [
-            (record, number) for record in records if (number := numbers.get(record.id)) is not None
+            (record, number)
+            for record in records
+            if (activation := found.get(record.id)) is not None
+            and (number := activation.loop) is not None
         ]
         if not active:
             return {}

@@ -92,6 +92,7 @@ class Making(Leases):
         with self._lock.hold(timeout=caller.timeout):
             if (done := self._done_before(caller)) is not None:
                 return self._repeat(done)
+            self._refuse_taken(name)
             [record] = self._new_records(
                 [name],
                 kind=kind,
@@ -102,9 +103,10 @@ class Making(Leases):
                 labels=labels,
                 lease=lease,
             )
-            space.guard(self._config, self._pool.status())
+            status = self._pool.status()
+            space.guard(self._config, status)
             change = Change(kind=ChangeKind.CREATE, id=record.id)
-            self._apply("create", [change], insert=[record], request=caller.request)
+            self._apply("create", [change], insert=[record], request=caller.request, status=status)
         return self._volume(record)
 
     def _check_origin(self, name: str | None, labels: Mapping[str, str]) -> None:
@@ -233,13 +235,13 @@ class Making(Leases):
         caller: Caller,
     ) -> list[Record]:
         """Snapshot an origin whose lock is held, in one transaction."""
-        space.guard(self._config, self._pool.status())
-        for target in targets:
-            self._refuse_taken(target)
-        with (
-            self._lock.hold(timeout=caller.timeout),
-            self._quiet(origin) as (consistency, still),
-        ):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._lock.hold(timeout=caller.timeout))
+            status = self._pool.status()
+            space.guard(self._config, status)
+            for target in targets:
+                self._refuse_taken(target)
+            consistency, still = stack.enter_context(self._quiet(origin))
             how = consistency if still() else "crash"
             records = self._new_records(
                 targets,
@@ -256,7 +258,7 @@ class Making(Leases):
                 Change(kind=ChangeKind.SNAPSHOT, id=record.id, origin=origin.id)
                 for record in records
             ]
-            self._apply("snapshot", changes, insert=records, request=caller.request)
+            self._apply("snapshot", changes, insert=records, request=caller.request, status=status)
             if how != "crash" and not still():  # thawed before it was done
                 with self._catalogue.transaction():
                     records = [
@@ -335,11 +337,9 @@ class Making(Leases):
         lease: str | None,
         consistency: Consistency | None = None,
     ) -> list[Record]:
-        """Rows for something new. Call with the pool's lock held."""
-        for name in names:
-            if name is None and lease is None:
-                raise errors.UsageError("what has no name needs a lease", what="name")
-            self._refuse_taken(name)
+        """Rows for something new under names that are free. Call with the pool's lock held."""
+        if lease is None and None in names:
+            raise errors.UsageError("what has no name needs a lease", what="name")
         hidden = lease is not None
         created = format_time(datetime.now(UTC))
         return [

@@ -13,6 +13,11 @@ them the id is the expected one, and the volumes say what happened: one that was
 again, since nobody was told of it; one that was deleted cannot come back, so the deletion is
 finished. Either engine does so: after a crash the next one to open the pool may be the other.
 
+A power cut may take the results of several changes that were done one after the other, for results
+are not flushed; the log of intents has kept their intents. Each but the last was settled before the
+next was written, and the next tells how: it begins at the transaction that the earlier one led to,
+or, where that was not done, at the same.
+
 A transaction id that is neither means that something else changed the pool, or that older metadata
 was put in its place. Then ids decide: what the pool has and the catalogue does not is adopted as
 ``id-N`` and never deleted; what the catalogue has and the pool does not is ``missing``, keeps its
@@ -24,6 +29,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from thinpool.engine import Change, ChangeKind
@@ -110,10 +116,17 @@ def settle_intent(catalogue: Catalogue, pool: PoolBackend) -> Finding | None:
     Raises:
         ThinpoolError: the pool has to be changed for it, and cannot be. The intent stays.
     """
-    intent = catalogue.intent()
-    if intent is None:
+    standing = catalogue.intents()
+    if not standing:
         return None
     found = pool.status().transaction_id
+    for earlier, later in pairwise(standing):
+        # It was settled before the later one was written, and a power cut took the record of it.
+        if earlier.new <= min(found, later.expected):
+            catalogue.complete_intent(earlier)
+        else:
+            catalogue.drop_intent()
+    intent = standing[-1]
     if found == intent.new:
         catalogue.complete_intent(intent)
         message = f"'{intent.operation}' had been done when the server died: recorded now"
