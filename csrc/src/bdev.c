@@ -82,6 +82,36 @@ int tp_bdev_punch(struct tp_bdev *bdev, uint64_t offset, uint64_t length, struct
 	return bdev->ops->punch(bdev, offset, length, err);
 }
 
+int tp_bdev_write_hole(struct tp_bdev *bdev, uint64_t offset, const void *buffer, size_t length,
+		       struct tp_error *err)
+{
+	int status;
+
+	if (!bdev->ops->write_hole)
+		return tp_bdev_write(bdev, offset, buffer, length, err);
+	status = check_writable(bdev, "write", err);
+	if (!status)
+		status = check_range(bdev, "write", offset, length, err);
+	if (status || !length)
+		return status;
+	return bdev->ops->write_hole(bdev, offset, buffer, length, err);
+}
+
+int tp_bdev_allocate(struct tp_bdev *bdev, uint64_t offset, uint64_t length, struct tp_error *err)
+{
+	int status = check_writable(bdev, "allocate", err);
+
+	if (!status)
+		status = check_range(bdev, "allocate", offset, length, err);
+	if (status || !length)
+		return status;
+	if (!bdev->ops->allocate)
+		return tp_fail(err, TP_E_NOT_SUPPORTED,
+			       "allocate: the %s device has no space to give ahead",
+			       bdev->ops->name);
+	return bdev->ops->allocate(bdev, offset, length, err);
+}
+
 int tp_bdev_resize(struct tp_bdev *bdev, uint64_t size, struct tp_error *err)
 {
 	int status = check_writable(bdev, "resize", err);

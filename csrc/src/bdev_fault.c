@@ -241,6 +241,13 @@ static int fault_punch(struct tp_bdev *bdev, uint64_t offset, uint64_t length, s
 	return tp_bdev_punch(fault->below, offset, length, err);
 }
 
+/* Not counted: it changes nothing that can be read. */
+static int fault_allocate(struct tp_bdev *bdev, uint64_t offset, uint64_t length,
+			  struct tp_error *err)
+{
+	return tp_bdev_allocate(as_fault(bdev)->below, offset, length, err);
+}
+
 static int fault_resize(struct tp_bdev *bdev, uint64_t size, struct tp_error *err)
 {
 	return tp_bdev_resize(as_fault(bdev)->below, size, err);
@@ -276,6 +283,7 @@ static const struct tp_bdev_ops fault_ops = {
 	.resize = fault_resize,
 	.size = fault_size,
 	.next_data = fault_next_data,
+	.allocate = fault_allocate,
 	.close = fault_close,
 };
 

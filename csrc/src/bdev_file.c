@@ -13,6 +13,7 @@
  * exclude each other and a flush that believes the file truncated, which looks again under the
  * lock.
  */
+#include "host_aio.h"
 #include "thinpool/bdev.h"
 #include "thinpool/error.h"
 
@@ -29,6 +30,7 @@
 #include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/sysmacros.h>
 #include <unistd.h>
 
@@ -46,6 +48,7 @@ struct file_bdev {
 	_Atomic int flush_errno;
 	int is_block_device;
 	int was_linked;       /* had a name when opened; a memfd or O_TMPFILE has none */
+	uint32_t uses_aio;    /* for writes into holes */
 	uint32_t punch_align; /* fallocate takes multiples of this only */
 	char name[128];       /* for messages: the end of the path */
 };
@@ -102,14 +105,21 @@ static int read_fitting(struct file_bdev *file, uint64_t offset, unsigned char *
 	return 0;
 }
 
+static ssize_t write_some(struct file_bdev *file, uint64_t offset, const void *buffer,
+			  size_t length, int hole)
+{
+	if (hole)
+		return tp_host_aio_pwrite(file->bdev.fd, buffer, length, offset);
+	return pwrite(file->bdev.fd, buffer, length, (off_t)offset);
+}
+
 static int write_fitting(struct file_bdev *file, uint64_t offset, const unsigned char *buffer,
-			 size_t length, struct tp_error *err)
+			 size_t length, int hole, struct tp_error *err)
 {
 	size_t done = 0;
 
 	while (done < length) {
-		ssize_t count =
-			pwrite(file->bdev.fd, buffer + done, length - done, (off_t)(offset + done));
+		ssize_t count = write_some(file, offset + done, buffer + done, length - done, hole);
 
 		if (count < 0 && errno == EINTR)
 			continue;
@@ -187,7 +197,7 @@ static int file_write(struct tp_bdev *bdev, uint64_t offset, const void *buffer,
 	const unsigned char *from = buffer;
 
 	if (fits(file, buffer))
-		return write_fitting(file, offset, buffer, length, err);
+		return write_fitting(file, offset, buffer, length, 0, err);
 	bounce = bounce_buffer(file, min_size(length, BOUNCE_MAX));
 	if (!bounce)
 		return no_bounce_memory(min_size(length, BOUNCE_MAX), err);
@@ -196,7 +206,7 @@ static int file_write(struct tp_bdev *bdev, uint64_t offset, const void *buffer,
 		int status;
 
 		memcpy(bounce, from, part);
-		status = write_fitting(file, offset, bounce, part, err);
+		status = write_fitting(file, offset, bounce, part, 0, err);
 		if (status)
 			return status;
 		from += part;
@@ -204,6 +214,16 @@ static int file_write(struct tp_bdev *bdev, uint64_t offset, const void *buffer,
 		length -= part;
 	}
 	return 0;
+}
+
+static int file_write_hole(struct tp_bdev *bdev, uint64_t offset, const void *buffer, size_t length,
+			   struct tp_error *err)
+{
+	struct file_bdev *file = as_file(bdev);
+
+	if (!file->uses_aio || !fits(file, buffer))
+		return file_write(bdev, offset, buffer, length, err);
+	return write_fitting(file, offset, buffer, length, 1, err);
 }
 
 /* ---- flush -------------------------------------------------------------------------------- */
@@ -284,7 +304,7 @@ static int write_zeros(struct file_bdev *file, uint64_t offset, uint64_t length,
 	while (length && !status) {
 		size_t part = length < sizeof(zeros) ? (size_t)length : sizeof(zeros);
 
-		status = write_fitting(file, offset, zeros, part, err);
+		status = write_fitting(file, offset, zeros, part, 0, err);
 		offset += part;
 		length -= part;
 	}
@@ -329,6 +349,34 @@ static int file_punch(struct tp_bdev *bdev, uint64_t offset, uint64_t length, st
 	if (!status)
 		status = write_zeros(file, end, offset + length - end, err);
 	return status;
+}
+
+/* Of the host's free space, at most this part is taken at once. */
+#define ALLOCATE_SHARE 16
+
+static int file_allocate(struct tp_bdev *bdev, uint64_t offset, uint64_t length,
+			 struct tp_error *err)
+{
+	struct file_bdev *file = as_file(bdev);
+	struct statvfs host;
+
+	if (file->is_block_device)
+		return tp_fail(err, TP_E_NOT_SUPPORTED, "%s is a block device", file->name);
+	if (fstatvfs(bdev->fd, &host))
+		return tp_fail_errno(err, TP_E_IO, errno, "free space below %s", file->name);
+	if ((uint64_t)host.f_bavail * host.f_frsize / ALLOCATE_SHARE < length)
+		return tp_fail_errno(err, TP_E_IO, ENOSPC,
+				     "%" PRIu64 " bytes for %s would leave the host with little",
+				     length, file->name);
+	while (fallocate(bdev->fd, FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)length)) {
+		if (errno == EINTR)
+			continue;
+		return tp_fail_errno(
+			err, errno == EOPNOTSUPP || errno == ENOSYS ? TP_E_NOT_SUPPORTED : TP_E_IO,
+			errno, "space for %" PRIu64 " bytes at %" PRIu64 " of %s", length, offset,
+			file->name);
+	}
+	return 0;
 }
 
 /* A whole disk has its queue beside it, a partition has its disk's one level up. */
@@ -489,6 +537,8 @@ static const struct tp_bdev_ops file_ops = {
 	.resize = file_resize,
 	.size = file_size,
 	.next_data = file_next_data,
+	.write_hole = file_write_hole,
+	.allocate = file_allocate,
 	.close = file_close,
 };
 
@@ -661,6 +711,8 @@ static int examine(struct file_bdev *file, const char *path, uint32_t flags, uin
 	if (status)
 		return status;
 	file->was_linked = st.st_nlink > 0;
+	/* Through the page cache io_submit does nothing that pwrite does not. */
+	file->uses_aio = !file->is_block_device && !!(flags & TP_BDEV_DIRECT);
 	atomic_init(&file->size, size & ~(uint64_t)(file->bdev.io_align - 1));
 	file->bdev.can_punch = probe_punch(file, &st);
 	if (file->is_block_device) {

@@ -199,6 +199,13 @@ static int log_punch(struct tp_bdev *bdev, uint64_t offset, uint64_t length, str
 	return keep(device->log, status, entry);
 }
 
+/* Not recorded: it changes nothing that can be read. */
+static int log_allocate(struct tp_bdev *bdev, uint64_t offset, uint64_t length,
+			struct tp_error *err)
+{
+	return tp_bdev_allocate(as_log(bdev)->below, offset, length, err);
+}
+
 static int log_resize(struct tp_bdev *bdev, uint64_t size, struct tp_error *err)
 {
 	return tp_bdev_resize(as_log(bdev)->below, size, err);
@@ -230,6 +237,7 @@ static const struct tp_bdev_ops log_ops = {
 	.resize = log_resize,
 	.size = log_size,
 	.next_data = log_next_data,
+	.allocate = log_allocate,
 	.close = log_close,
 };
 

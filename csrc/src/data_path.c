@@ -155,13 +155,26 @@ int tp_volume_read(struct tp_volume *volume, uint64_t offset, void *buffer, size
 
 /* ---- taking a data block ------------------------------------------------------------------ */
 
-static bool take_hole_bit(struct tp_pool *pool, uint64_t block)
+/* A data block, or several neighbours, that nothing refers to yet. */
+struct place {
+	uint64_t block;
+	bool zeros;  /* known to read as zeros */
+	bool hole;   /* the host has no space there yet */
+	bool extend; /* space for what follows should be taken */
+};
+
+/* Under md_lock: another block becomes part of a place. */
+static void take_hole_bit(struct tp_pool *pool, uint64_t block, struct place *place)
 {
 	bool hole = pool->holes && (pool->holes[block / 64] >> (block % 64) & 1);
+	bool extend;
 
-	if (hole)
-		pool->holes[block / 64] &= ~(UINT64_C(1) << (block % 64));
-	return hole;
+	place->zeros &= hole;
+	if (!hole)
+		return;
+	pool->holes[block / 64] &= ~(UINT64_C(1) << (block % 64));
+	place->hole |= !tp_host_space_use(pool, block, &extend);
+	place->extend |= extend;
 }
 
 enum {
@@ -182,8 +195,7 @@ static int check_room(struct tp_pool *pool, uint64_t records, struct tp_error *e
 	return room < 0 || !tp_redo_has_room(pool->redo, records) ? NEEDS_COMMIT : 0;
 }
 
-static int try_reserve(struct tp_pool *pool, uint64_t *block_ret, bool *hole_ret,
-		       struct tp_error *err)
+static int try_reserve(struct tp_pool *pool, struct place *place, struct tp_error *err)
 {
 	struct tp_data_map *map = tp_md_data_map(pool->md);
 	int r = tp_pool_check_writable(pool, err);
@@ -192,12 +204,13 @@ static int try_reserve(struct tp_pool *pool, uint64_t *block_ret, bool *hole_ret
 		r = check_room(pool, 16, err);
 	if (r)
 		return r;
-	if (tp_data_map_reserve(map, block_ret)) {
+	if (tp_data_map_reserve(map, &place->block)) {
 		if (pool->punching)
 			return NEEDS_PUNCH;
 		return tp_data_map_nr_waiting(map) ? NEEDS_COMMIT : TP_E_DATA_SPACE;
 	}
-	*hole_ret = take_hole_bit(pool, *block_ret);
+	*place = (struct place){ .block = place->block, .zeros = true };
+	take_hole_bit(pool, place->block, place);
 	if (tp_data_map_nr_allocatable(map) < pool->options.low_water_blocks &&
 	    !atomic_exchange(&pool->low_water_reached, 1))
 		tp_pool_event(pool);
@@ -205,13 +218,13 @@ static int try_reserve(struct tp_pool *pool, uint64_t *block_ret, bool *hole_ret
 }
 
 /* A block that nothing refers to yet. TP_E_DATA_SPACE: the caller may wait and try again. */
-static int reserve(struct tp_pool *pool, uint64_t *block_ret, bool *hole_ret, struct tp_error *err)
+static int reserve(struct tp_pool *pool, struct place *place, struct tp_error *err)
 {
 	int attempt, r = NEEDS_COMMIT;
 
 	for (attempt = 0; attempt < 3 && r == NEEDS_COMMIT; attempt++) {
 		pthread_mutex_lock(&pool->md_lock);
-		while ((r = try_reserve(pool, block_ret, hole_ret, err)) == NEEDS_PUNCH)
+		while ((r = try_reserve(pool, place, err)) == NEEDS_PUNCH)
 			pthread_cond_wait(&pool->punched_cond, &pool->md_lock);
 		pthread_mutex_unlock(&pool->md_lock);
 		if (r == NEEDS_COMMIT) {
@@ -276,12 +289,23 @@ static int write_data(struct tp_pool *pool, uint64_t offset, const void *buffer,
 	return tp_bdev_write(pool->data_bdev, offset, buffer, length, err);
 }
 
+/* Into the new block or blocks at a place, from a byte of it on. */
+static int write_new(struct tp_pool *pool, const struct place *place, uint64_t at,
+		     const void *buffer, size_t length, struct tp_error *err)
+{
+	uint64_t offset = place->block * pool->block_size + at;
+
+	if (place->hole)
+		return tp_bdev_write_hole(pool->data_bdev, offset, buffer, length, err);
+	return tp_bdev_write(pool->data_bdev, offset, buffer, length, err);
+}
+
 /*
  * Write the whole of a new block: the caller's bytes over what the volume has there so far (in the
  * data block at source; UINT64_MAX where nothing is mapped), in pieces of bounded size.
  */
-static int fill_block(struct tp_volume *volume, uint64_t to, uint64_t source, struct span s,
-		      const uint8_t *data, struct tp_error *err)
+static int fill_block(struct tp_volume *volume, const struct place *to, uint64_t source,
+		      struct span s, const uint8_t *data, struct tp_error *err)
 {
 	struct tp_pool *pool = volume->pool;
 	uint32_t piece = pool->block_size < COPY_BYTES ? pool->block_size : COPY_BYTES, at;
@@ -303,15 +327,15 @@ static int fill_block(struct tp_volume *volume, uint64_t to, uint64_t source, st
 		if (!r && begin < end)
 			memcpy(buffer + (begin - at), data + (begin - s.within), end - begin);
 		if (!r)
-			r = write_data(pool, to + at, buffer, n, err);
+			r = write_new(pool, to, at, buffer, n, err);
 	}
 	free(buffer);
 	return r;
 }
 
 /* Only the written part, rounded out with zeros to what the device can address. */
-static int fill_part(struct tp_pool *pool, uint64_t to, struct span s, const uint8_t *data,
-		     struct tp_error *err)
+static int fill_part(struct tp_pool *pool, const struct place *to, struct span s,
+		     const uint8_t *data, struct tp_error *err)
 {
 	uint32_t align = pool->io_align;
 	uint32_t begin = s.within / align * align;
@@ -320,13 +344,13 @@ static int fill_part(struct tp_pool *pool, uint64_t to, struct span s, const uin
 	int r;
 
 	if (begin == s.within && end == s.within + s.length)
-		return write_data(pool, to + begin, data, s.length, err);
+		return write_new(pool, to, begin, data, s.length, err);
 	buffer = io_buffer(end - begin);
 	if (!buffer)
 		return tp_fail(err, TP_E_NO_MEMORY, "no memory to write");
 	memset(buffer, 0, end - begin);
 	memcpy(buffer + (s.within - begin), data, s.length);
-	r = write_data(pool, to + begin, buffer, end - begin, err);
+	r = write_new(pool, to, begin, buffer, end - begin, err);
 	free(buffer);
 	return r;
 }
@@ -337,28 +361,28 @@ static int provision(struct tp_volume *volume, struct span s, const uint8_t *dat
 {
 	struct tp_pool *pool = volume->pool;
 	bool whole = s.length == pool->block_size, copies = tp_entry_mapped(old_entry);
-	bool hole = false;
-	uint64_t block, to;
-	int r = reserve(pool, &block, &hole, err);
+	struct place to;
+	int r = reserve(pool, &to, err);
 
 	if (r)
 		return r;
-	to = block * pool->block_size;
+	if (to.extend)
+		tp_host_space_extend(pool, to.block);
 	if (whole)
-		r = write_data(pool, to, data, s.length, err);
+		r = write_new(pool, &to, 0, data, s.length, err);
 	else if (copies)
-		r = fill_block(volume, to, tp_entry_block(old_entry) * pool->block_size, s, data,
+		r = fill_block(volume, &to, tp_entry_block(old_entry) * pool->block_size, s, data,
 			       err);
-	else if ((hole || pool->options.skip_block_zeroing) &&
+	else if ((to.zeros || pool->options.skip_block_zeroing) &&
 		 !origin_part(volume, s.block * pool->block_size, pool->block_size))
-		r = fill_part(pool, to, s, data, err);
+		r = fill_part(pool, &to, s, data, err);
 	else
-		r = fill_block(volume, to, UINT64_MAX, s, data, err);
+		r = fill_block(volume, &to, UINT64_MAX, s, data, err);
 	if (r) {
-		give_back(pool, block);
+		give_back(pool, to.block);
 		return r;
 	}
-	r = insert(volume, s.block, block, err);
+	r = insert(volume, s.block, to.block, err);
 	if (!r)
 		atomic_fetch_add(copies ? &pool->broke_sharing : &pool->provisioned, 1);
 	return r;
@@ -513,7 +537,8 @@ static bool wants_new_block(struct tp_volume *volume, uint64_t block)
 }
 
 /* As many of the run's blocks as there are free neighbours. */
-static bool reserve_neighbours(struct tp_pool *pool, uint32_t want, struct tp_run *got_ret)
+static bool reserve_neighbours(struct tp_pool *pool, uint32_t want, struct tp_run *got_ret,
+			       struct place *place_ret)
 {
 	struct tp_data_map *map = tp_md_data_map(pool->md);
 	bool got;
@@ -524,8 +549,9 @@ static bool reserve_neighbours(struct tp_pool *pool, uint32_t want, struct tp_ru
 	      tp_redo_has_room(pool->redo, 2 * RUN_MAX) &&
 	      tp_data_map_nr_allocatable(map) > pool->options.low_water_blocks + want &&
 	      !tp_data_map_reserve_some(map, want, &got_ret->begin, &got_ret->length);
+	*place_ret = (struct place){ .block = got_ret->begin, .zeros = true };
 	for (i = 0; got && i < got_ret->length; i++)
-		(void)take_hole_bit(pool, got_ret->begin + i);
+		take_hole_bit(pool, got_ret->begin + i, place_ret);
 	pthread_mutex_unlock(&pool->md_lock);
 	return got;
 }
@@ -582,6 +608,7 @@ static uint32_t write_new_blocks(struct tp_volume *volume, uint64_t first, uint6
 	struct tp_pool *pool = volume->pool;
 	struct locked_run run = { .first = first };
 	struct tp_run blocks = { 0 };
+	struct place place;
 	uint32_t slot = tp_gate_enter(volume), done = 0;
 
 	while (run.count < RUN_MAX && run.count < max && lock_next(volume, &run)) {
@@ -590,9 +617,10 @@ static uint32_t write_new_blocks(struct tp_volume *volume, uint64_t first, uint6
 			break;
 		}
 	}
-	if (run.count > 1 && reserve_neighbours(pool, run.count, &blocks)) {
-		if (!tp_bdev_write(pool->data_bdev, blocks.begin * pool->block_size, data,
-				   blocks.length * pool->block_size, NULL)) {
+	if (run.count > 1 && reserve_neighbours(pool, run.count, &blocks, &place)) {
+		if (place.extend)
+			tp_host_space_extend(pool, blocks.begin + blocks.length - 1);
+		if (!write_new(pool, &place, 0, data, blocks.length * pool->block_size, NULL)) {
 			done = insert_run(volume, &run, blocks);
 		} else {
 			pthread_mutex_lock(&pool->md_lock);

@@ -394,6 +394,11 @@ int tp_pool_close(struct tp_pool *pool, struct tp_error *err)
 		return tp_fail(err, TP_E_BUSY, "the pool has open volumes");
 	stop_background(pool);
 	if (!tp_pool_check_writable(pool, NULL)) {
+		uint64_t ahead = tp_host_space_release(pool);
+
+		/* What was taken ahead was queued last and goes first. Space only: the commit
+		 * tells what the close is worth. */
+		(void)tp_pool_punch_some(pool, ahead, NULL, NULL);
 		r = tp_pool_flush_round(pool, true, err);
 		if (!r)
 			tp_redo_clear(pool->redo);

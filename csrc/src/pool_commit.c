@@ -13,6 +13,7 @@
 
 #define PUNCH_STEP_BLOCKS  256u
 #define PUNCH_MERGE_BLOCKS 4096u
+#define AT_REST_MS         500u /* without a change, then the space taken ahead is returned */
 
 static int flush_data(struct tp_pool *pool, struct tp_error *err)
 {
@@ -251,8 +252,21 @@ int tp_pool_punch_some(struct tp_pool *pool, uint64_t max_blocks, uint64_t *left
 
 /* ---- the background thread ---------------------------------------------------------------- */
 
-/* Commits at the latest commit_interval_ms after a first change, and punches in small steps in
- * between. At rest it sleeps without a time-out. */
+/* Until something is to be done, or for AT_REST_MS: true when nothing was. background_lock. */
+static bool stayed_at_rest(struct tp_pool *pool)
+{
+	struct timespec until = tp_deadline_in(AT_REST_MS);
+	int r = 0;
+
+	while (!r && !atomic_load(&pool->dirty) && !pool->commit_now && !pool->punch_now &&
+	       !pool->stop)
+		r = pthread_cond_timedwait(&pool->background_cond, &pool->background_lock, &until);
+	return r != 0;
+}
+
+/* Commits at the latest commit_interval_ms after a first change, punches in small steps in between,
+ * and after AT_REST_MS without a change returns the space taken ahead. At rest it sleeps without a
+ * time-out. */
 void *tp_pool_background(void *argument)
 {
 	struct tp_pool *pool = argument;
@@ -264,7 +278,13 @@ void *tp_pool_background(void *argument)
 	pthread_mutex_lock(&pool->background_lock);
 	while (!pool->stop) {
 		if (!atomic_load(&pool->dirty) && !pool->commit_now && !pool->punch_now && !left) {
-			pthread_cond_wait(&pool->background_cond, &pool->background_lock);
+			if (!atomic_load(&pool->space.held)) {
+				pthread_cond_wait(&pool->background_cond, &pool->background_lock);
+			} else if (stayed_at_rest(pool)) {
+				pthread_mutex_unlock(&pool->background_lock);
+				left = tp_host_space_release(pool);
+				pthread_mutex_lock(&pool->background_lock);
+			}
 			continue;
 		}
 		until = tp_deadline_in(pool->options.commit_interval_ms);

@@ -2,7 +2,7 @@
 /**
  * What the files of the pool share: pool.c (life, modes, status), pool_commit.c (commits, flushes,
  * returning host space), pool_changes.c (create, snapshot, delete, resize), volume.c (mapping
- * cache, gate) and data_path.c (read, write, discard, zero).
+ * cache, gate), host_space.c (space taken ahead) and data_path.c (read, write, discard, zero).
  *
  * Locks, in the order in which they are taken:
  *   changes_lock -> a volume's gate -> block locks (one at a time) -> commit_lock -> md_lock -> the
@@ -18,6 +18,7 @@
 #include <stdatomic.h>
 
 #include "block_locks.h"
+#include "host_space.h"
 #include "redo_log.h"
 #include "thinpool/abi.h"
 #include "thinpool/error.h"
@@ -92,7 +93,8 @@ struct tp_pool {
 	struct tp_metadata *md;
 	struct tp_redo_log *redo;
 	struct tp_volume *volumes;
-	uint64_t *holes;             /* bit a data block: known to read as zeros */
+	uint64_t *holes; /* bit a data block: known to read as zeros */
+	struct tp_host_space space;
 	struct tp_run_list to_punch; /* freed and committed: host space to be returned */
 	uint64_t punching;           /* free blocks that are kept from allocation meanwhile */
 	pthread_cond_t punched_cond; /* with md_lock: fewer are */

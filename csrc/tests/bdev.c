@@ -39,6 +39,12 @@ static void expect_filled(const unsigned char *buffer, unsigned char value)
 		CHECK_EQUAL(buffer[i], value);
 }
 
+/* Space ahead is given, or not to be had here. */
+static void expect_given(int status, const struct tp_error *err)
+{
+	CHECK(!status || status == TP_E_NOT_SUPPORTED || tp_error_is_host_full(err));
+}
+
 static void step(struct worker *worker, unsigned char *buffer)
 {
 	uint64_t unit = test_random_below(&worker->seed, NR_UNITS);
@@ -69,6 +75,8 @@ static void step(struct worker *worker, unsigned char *buffer)
 				    0);
 		break;
 	case 5:
+		expect_given(tp_bdev_allocate(worker->bdev, offset, UNIT, &err), &err);
+		break;
 	case 6:
 	case 7:
 	case 8:
@@ -78,7 +86,11 @@ static void step(struct worker *worker, unsigned char *buffer)
 		break;
 	default:
 		memset(buffer, value, UNIT);
-		CHECK_EQUAL(tp_bdev_write(worker->bdev, offset, buffer, UNIT, &err), 0);
+		/* Right or wrong about the hole: it only says how to write. */
+		CHECK_EQUAL(value & 1
+				    ? tp_bdev_write(worker->bdev, offset, buffer, UNIT, &err)
+				    : tp_bdev_write_hole(worker->bdev, offset, buffer, UNIT, &err),
+			    0);
 		worker->model[unit] = value;
 	}
 }
@@ -116,24 +128,30 @@ static void compare(struct tp_bdev *a, struct tp_bdev *b)
 	free(of_b);
 }
 
-static void test_threads(struct tp_bdev *below, uint64_t seed)
+static void run_threads(struct tp_bdev *bdev, uint64_t seed)
 {
 	static struct worker workers[NR_THREADS];
-	struct tp_bdev *log;
-	struct tp_bdev *fault;
-	struct tp_bdev *image;
 
-	CHECK_EQUAL(tp_bdev_log_open(below, NULL, 3, &log, NULL), 0);
-	CHECK_EQUAL(tp_bdev_fault_open(log, &fault, NULL), 0);
 	memset(workers, 0, sizeof(workers));
 	for (uint64_t i = 0; i < NR_THREADS; i++) {
-		workers[i].bdev = fault;
+		workers[i].bdev = bdev;
 		workers[i].number = i;
 		workers[i].seed = seed + i;
 		CHECK(!pthread_create(&workers[i].thread, NULL, work, &workers[i]));
 	}
 	for (uint64_t i = 0; i < NR_THREADS; i++)
 		CHECK(!pthread_join(workers[i].thread, NULL));
+}
+
+static void test_threads(struct tp_bdev *below, uint64_t seed)
+{
+	struct tp_bdev *log;
+	struct tp_bdev *fault;
+	struct tp_bdev *image;
+
+	CHECK_EQUAL(tp_bdev_log_open(below, NULL, 3, &log, NULL), 0);
+	CHECK_EQUAL(tp_bdev_fault_open(log, &fault, NULL), 0);
+	run_threads(fault, seed);
 	CHECK_EQUAL(tp_bdev_mem_open(SIZE, &image, NULL), 0);
 	CHECK_EQUAL(tp_bdev_log_replay(log, 0, tp_bdev_log_count(log), 3, image, NULL), 0);
 	compare(below, image);
@@ -182,10 +200,14 @@ static void test_file(uint32_t flags, uint64_t seed)
 		return;
 	}
 	CHECK_EQUAL(status, 0);
-	if (bdev->can_punch)
+	if (bdev->can_punch) {
 		test_threads(bdev, seed);
-	else
+		/* Alone, for what stands in front keeps writes into holes from it. */
+		CHECK_EQUAL(tp_bdev_punch(bdev, 0, SIZE, &err), 0);
+		run_threads(bdev, seed + NR_THREADS);
+	} else {
 		printf("this filesystem cannot punch\n");
+	}
 	tp_bdev_close(bdev);
 	CHECK(!unlink(path));
 }

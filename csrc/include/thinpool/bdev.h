@@ -42,6 +42,13 @@ struct tp_bdev_ops {
 	 * that everything may. */
 	int (*next_data)(struct tp_bdev *bdev, uint64_t offset, uint64_t *begin_ret,
 			 uint64_t *end_ret, struct tp_error *err);
+	/* What follows only saves time, and may be NULL. */
+	/* As write, into a range that has no space of the host's yet. */
+	int (*write_hole)(struct tp_bdev *bdev, uint64_t offset, const void *buffer, size_t length,
+			  struct tp_error *err);
+	/* See tp_bdev_allocate. */
+	int (*allocate)(struct tp_bdev *bdev, uint64_t offset, uint64_t length,
+			struct tp_error *err);
 	void (*close)(struct tp_bdev *bdev);
 };
 
@@ -53,6 +60,15 @@ struct tp_bdev {
 	uint32_t can_punch; /* punch is supported and reads as zeros afterwards */
 	uint32_t read_only;
 };
+
+/* As tp_bdev_write, where the caller knows that the host has no space for the range yet. */
+int tp_bdev_write_hole(struct tp_bdev *bdev, uint64_t offset, const void *buffer, size_t length,
+		       struct tp_error *err);
+/* Have the host give space to a range in one go, so that writes into it need not. What the range
+ * reads as stays, also while others read and write it; nothing is durable. TP_E_NOT_SUPPORTED where
+ * that cannot be had, TP_E_IO with ENOSPC where the host would be left with little; part of the
+ * range may have got space then. */
+int tp_bdev_allocate(struct tp_bdev *bdev, uint64_t offset, uint64_t length, struct tp_error *err);
 
 /* Whether an errno of the host means that its own disk, or this user's quota of it, is full. */
 static inline int tp_errno_is_host_full(int host_errno)
