@@ -368,3 +368,29 @@ def test_a_cut_off_filesystem_is_replayed_once_and_then_reads_without_writing(
     finally:
         loop.detach(device)
     assert changed_blocks(kept, cut, 4096) == set()
+
+
+@pytest.mark.parametrize("size", [64 * MIB, 200 * MIB, GIB, 10 * GIB, 100 * GIB])
+@pytest.mark.parametrize("options", [[], ["-i", "4096"], ["-N 5000"]], ids=str)
+def test_the_journal_begins_with_a_block_of_the_pool(sparse, size, options):
+    """So a first fsync writes one block of the journal."""
+    path = sparse(size)
+    filesystems.make_filesystem(path, "ext4", block_size=64 << 10, options=options)
+    check_clean("ext4", path)
+    first = journal_block(path, 0)
+    assert first * 4096 % (64 << 10) == 0
+    assert journal_block(path, 15) == first + 15
+
+
+def journal_block(path, number):
+    command = ["debugfs", "-R", f"bmap <8> {number}", path]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def test_options_that_move_the_journal_are_obeyed(sparse):
+    path = sparse(GIB)
+    filesystems.make_filesystem(
+        path, "ext4", block_size=64 << 10, options=["-b 1024", "-E resize=2000000"]
+    )
+    check_clean("ext4", path)
+    assert filesystems.read_superblock(path).block_size == 1024

@@ -47,6 +47,9 @@ DATA_BLOCKS_MOST: Final = 1 << 32
 PERCENT: Final = 100
 
 
+_WRITTEN_AT_ONCE: Final = 64 << 20
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolPlan:
     """What create_pool was asked for."""
@@ -395,11 +398,14 @@ def _make_file(
     """A sparse file of at least that size; a device or a larger file stays as it is.
 
     Metadata is allocated at once: when the host's disk runs full later, data waits for space, but a
-    metadata write that failed would turn the pool read-only.
+    metadata write that failed would turn the pool read-only. Its beginning, where most pools' ends,
+    is written too, for a first write to allocated space is recorded in the host's filesystem, and
+    each commit would wait for that.
     """
     if _is_device(path):
         return
     existed = path.exists()
+    zeros = memoryview(bytes(1 << 20))
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except FileNotFoundError as cause:
@@ -420,6 +426,8 @@ def _make_file(
             os.ftruncate(descriptor, size)
         if allocated:
             os.posix_fallocate(descriptor, 0, size)
+            for offset in range(before, min(size, _WRITTEN_AT_ONCE), len(zeros)):
+                os.pwrite(descriptor, zeros[: size - offset], offset)
         os.fsync(descriptor)
     except OSError as cause:
         raise errors.HostSpaceError(

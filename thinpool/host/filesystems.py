@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from thinpool import errors
 from thinpool.host import mounts, syscalls
+from thinpool.host.ext4layout import EXTENT_DEPTH_MAX, Ext4, UnknownLayoutError
 from thinpool.host.failures import failure
 from thinpool.host.mountinfo import NamespaceMount, mounts_of_device, open_mount
 from thinpool.host.programs import run_program
@@ -60,6 +61,12 @@ _XFS_GEOMETRY_SIZE: Final = 112
 _BLOCK: Final = 4 * KIB
 _GROWTH: Final = 10
 _EXT4_LEAST: Final = 2 * MIB
+_EXT4_BLOCKS_MOST: Final = (1 << 32) - 1
+_BLOCKS_A_DESCRIPTOR_BLOCK: Final = 64 * 32768
+"""What is described by one block of group descriptors: 64 groups of 128 MiB."""
+_TRIALS: Final = 4  # reserving the first descriptor block moves more than itself
+_JOURNAL_ALIGNMENT: Final = 64 * KIB
+"""The least block of a pool; in a larger one the journal's beginning seldom straddles two."""
 _XFS_LEAST: Final = 300 * MIB
 _XFS_LOG: Final = 64 * MIB
 _XFS_GROUP_MOST: Final = 1 << 40
@@ -284,7 +291,7 @@ def make_filesystem(
             least=least,
         )
     if fstype == "ext4":
-        arguments = merge_options(fstype, ext4_arguments(size, block_size=block_size), options)
+        arguments = _with_aligned_journal(size, block_size=block_size, options=options)
         run_program("mkfs.ext4", [*arguments, name], package="e2fsprogs")
         _remove_lost_and_found(name)
     else:
@@ -308,7 +315,7 @@ def ext4_arguments(size: int, *, block_size: int) -> list[str]:
         "lazy_journal_init=0",
         "packed_meta_blocks=1",
         "root_owner=0:0",
-        f"resize={min(_GROWTH * (size // _BLOCK), (1 << 32) - 1)}",
+        f"resize={_resize_blocks(size)}",
     ]
     if stripe > 1:
         extended += [f"stride={stripe}", f"stripe_width={stripe}"]
@@ -319,6 +326,54 @@ def ext4_arguments(size: int, *, block_size: int) -> list[str]:
         *(() if journal is None else ("-J", f"size={journal}")),
         *("-E", ",".join(extended)),
     ]
+
+
+def _with_aligned_journal(size: int, *, block_size: int, options: Sequence[str]) -> list[str]:
+    """What mkfs.ext4 is told so that the journal begins with 64 KiB, and so in a block of the pool.
+
+    A first fsync in a clone writes the journal's first few blocks: they shall not fall into two of
+    the pool's. mke2fs puts the journal behind all tables (packed_meta_blocks; a location for it is
+    not heeded then), and how much comes before depends on all that it is told: so it is told the
+    same for a file that is never filled, and descriptor blocks are reserved to fill up.
+    """
+    own = ext4_arguments(size, block_size=block_size)
+    wanted = arguments = merge_options("ext4", own, options)
+    blocks = _resize_blocks(size)
+    for _ in range(_TRIALS):
+        begin = _journal_begin(arguments, size)
+        if begin is None:
+            break
+        lacking = -begin % _JOURNAL_ALIGNMENT // _BLOCK
+        if not lacking:
+            return arguments
+        blocks += lacking * _BLOCKS_A_DESCRIPTOR_BLOCK
+        if blocks > _EXT4_BLOCKS_MOST:
+            break
+        more = merge_options("ext4", own, ["-E", f"resize={blocks}"])
+        arguments = merge_options("ext4", more, options)
+    return wanted
+
+
+def _resize_blocks(size: int) -> int:
+    return min(_GROWTH * (size // _BLOCK), _EXT4_BLOCKS_MOST)
+
+
+def _journal_begin(arguments: Sequence[str], size: int) -> int | None:
+    """Where the journal would begin, in bytes; None where that cannot be told."""
+    trial = os.memfd_create("mkfs", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(trial, size)
+        hasty = [each.replace("_init=0", "_init=1") for each in arguments]
+        path = f"/proc/{os.getpid()}/fd/{trial}"
+        run_program("mkfs.ext4", [*hasty, path], package="e2fsprogs")
+        made = Ext4(lambda offset, length: os.pread(trial, length, offset))
+        journal = made.inode(made.journal_inode)
+        first, _ = next(iter(made.extents(journal.blocks, EXTENT_DEPTH_MAX)))
+    except (UnknownLayoutError, StopIteration, struct.error, OSError, errors.ThinpoolError):
+        return None  # what is wrong, if anything is, the real one says
+    finally:
+        os.close(trial)
+    return int(first * made.block)
 
 
 def xfs_arguments(size: int, *, block_size: int) -> list[str]:
