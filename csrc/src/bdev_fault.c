@@ -214,6 +214,11 @@ static int fault_flush(struct tp_bdev *bdev, struct tp_error *err)
 	return tp_bdev_flush(fault->below, err);
 }
 
+static void fault_start(struct tp_bdev *bdev)
+{
+	tp_bdev_start(as_fault(bdev)->below);
+}
+
 static int fault_punch(struct tp_bdev *bdev, uint64_t offset, uint64_t length, struct tp_error *err)
 {
 	struct fault_bdev *fault = as_fault(bdev);
@@ -279,6 +284,7 @@ static const struct tp_bdev_ops fault_ops = {
 	.read = fault_read,
 	.write = fault_write,
 	.flush = fault_flush,
+	.start = fault_start,
 	.punch = fault_punch,
 	.resize = fault_resize,
 	.size = fault_size,

@@ -293,6 +293,12 @@ static int file_flush(struct tp_bdev *bdev, struct tp_error *err)
 	return 0;
 }
 
+static void file_start(struct tp_bdev *bdev)
+{
+	/* An error of the writing is kept by the kernel for the flush. */
+	(void)sync_file_range(bdev->fd, 0, 0, SYNC_FILE_RANGE_WRITE);
+}
+
 /* ---- punch -------------------------------------------------------------------------------- */
 
 static int write_zeros(struct file_bdev *file, uint64_t offset, uint64_t length,
@@ -533,6 +539,7 @@ static const struct tp_bdev_ops file_ops = {
 	.read = file_read,
 	.write = file_write,
 	.flush = file_flush,
+	.start = file_start,
 	.punch = file_punch,
 	.resize = file_resize,
 	.size = file_size,

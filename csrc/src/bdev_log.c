@@ -186,6 +186,11 @@ static int log_flush(struct tp_bdev *bdev, struct tp_error *err)
 	return keep(device->log, status, entry);
 }
 
+static void log_start(struct tp_bdev *bdev)
+{
+	tp_bdev_start(as_log(bdev)->below);
+}
+
 static int log_punch(struct tp_bdev *bdev, uint64_t offset, uint64_t length, struct tp_error *err)
 {
 	struct log_bdev *device = as_log(bdev);
@@ -233,6 +238,7 @@ static const struct tp_bdev_ops log_ops = {
 	.read = log_read,
 	.write = log_write,
 	.flush = log_flush,
+	.start = log_start,
 	.punch = log_punch,
 	.resize = log_resize,
 	.size = log_size,

@@ -224,7 +224,9 @@ int tp_md_format(struct tp_bdev *bdev, uint32_t data_block_sectors, uint64_t nr_
 		r = tp_md_seal(md, err);
 	}
 	if (!r)
-		r = tp_md_write(md, err);
+		r = tp_md_write_blocks(md, err);
+	if (!r)
+		r = tp_md_write_superblock(md, err);
 	tp_md_close(md);
 	return r;
 }
@@ -931,14 +933,23 @@ int tp_md_seal(struct tp_metadata *md, struct tp_error *err)
 	return 0;
 }
 
-int tp_md_write(struct tp_metadata *md, struct tp_error *err)
+int tp_md_write_blocks(struct tp_metadata *md, struct tp_error *err)
 {
 	int r;
 
 	TP_ASSERT(md->sealed);
 	r = tp_bm_write_sealed(md->bm, err);
 	if (!r)
-		r = tp_bdev_flush(md->bdev, err);
+		tp_bdev_start(md->bdev);
+	return r;
+}
+
+int tp_md_write_superblock(struct tp_metadata *md, struct tp_error *err)
+{
+	int r;
+
+	TP_ASSERT(md->sealed);
+	r = tp_bdev_flush(md->bdev, err);
 	if (!r)
 		r = tp_superblock_write(md->bdev, md->pending, err);
 	if (!r)

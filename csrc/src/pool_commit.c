@@ -21,14 +21,20 @@ static int flush_data(struct tp_pool *pool, struct tp_error *err)
 	return tp_bdev_flush(pool->data_bdev, err);
 }
 
-/* After a seal: data, new blocks, superblock. Without md_lock. */
+/*
+ * After a seal, without md_lock. Data and new blocks are made durable before the superblock that
+ * refers to both; between themselves they have no order, and the new blocks are on their way to the
+ * disk while the data is waited for.
+ */
 static int write_out(struct tp_pool *pool, struct tp_error *err)
 {
-	int r = flush_data(pool, err);
+	int r = tp_md_write_blocks(pool->md, err);
 
+	if (!r)
+		r = flush_data(pool, err);
 	if (!r) {
 		atomic_fetch_add(&pool->metadata_flushes, 2);
-		r = tp_md_write(pool->md, err);
+		r = tp_md_write_superblock(pool->md, err);
 	}
 	return r;
 }

@@ -34,6 +34,9 @@ struct tp_bdev_ops {
 	int (*write)(struct tp_bdev *bdev, uint64_t offset, const void *buffer, size_t length,
 		     struct tp_error *err);
 	int (*flush)(struct tp_bdev *bdev, struct tp_error *err);
+	/* May be NULL. Begin to write what is still in the host's memory, so that a flush soon to
+	 * come finds less to do. Promises nothing, cannot fail. */
+	void (*start)(struct tp_bdev *bdev);
 	int (*punch)(struct tp_bdev *bdev, uint64_t offset, uint64_t length, struct tp_error *err);
 	int (*resize)(struct tp_bdev *bdev, uint64_t size, struct tp_error *err);
 	uint64_t (*size)(const struct tp_bdev *bdev);
@@ -69,6 +72,12 @@ int tp_bdev_write_hole(struct tp_bdev *bdev, uint64_t offset, const void *buffer
  * that cannot be had, TP_E_IO with ENOSPC where the host would be left with little; part of the
  * range may have got space then. */
 int tp_bdev_allocate(struct tp_bdev *bdev, uint64_t offset, uint64_t length, struct tp_error *err);
+
+static inline void tp_bdev_start(struct tp_bdev *bdev)
+{
+	if (bdev->ops->start && !bdev->read_only)
+		bdev->ops->start(bdev);
+}
 
 /* Whether an errno of the host means that its own disk, or this user's quota of it, is full. */
 static inline int tp_errno_is_host_full(int host_errno)
