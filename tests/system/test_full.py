@@ -182,3 +182,28 @@ def test_a_pool_too_small_for_its_base_is_not_made_and_the_error_says_full(api) 
     with pytest.raises(errors.DataSpaceError):
         api.create_pool("p", size=BLOCK, base_size=256 * MIB, min_free=0.0)
     assert api.pools() == []
+
+
+def test_unmounting_in_a_full_pool_that_queues_does_not_wait(api, tmp_path):
+    """What the last unmount tidies up it leaves alone then."""
+    directory = tmp_path / "mnt"
+    directory.mkdir()
+    api.create_pool("p", size=96 * MIB, base_size=512 * MIB, min_free=0.0, when_full="queue")
+    api.snapshot("p/base", "p/c", mount=directory)
+    with (directory / "file").open("wb") as file:
+        file.write(os.urandom(4 * MIB))
+        os.fsync(file.fileno())
+    api.create("p/v", size=128 * MIB)
+    free = (api.status("p").data.total - api.status("p").data.used) // BLOCK
+    with api.open("p/v", writable=True) as handle:
+        for block in range(free - 4):
+            handle.write(block * BLOCK, block_content(block))
+        handle.flush()
+        begun = time.monotonic()
+        api.umount("p/c")
+        assert time.monotonic() - begun < 10
+    assert api.status("p").mode == "rw"
+    api.remove(["p/v"])
+    api.mount("p/c", directory)
+    assert (directory / "file").stat().st_size == 4 * MIB
+    api.umount("p/c")

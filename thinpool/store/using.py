@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from thinpool import errors
+from thinpool.engine import PoolMode
 from thinpool.model import Activation, Resumed, Volume
 from thinpool.store.catalogue import READY, PersistentRecord
 from thinpool.store.core import ANYONE, LEAVING, Caller, PoolCore
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from thinpool import engine
     from thinpool.store.catalogue import Record
     from thinpool.store.devices import Device
+
+_ROOM = 16
+"""Free data blocks without which nothing is written that could as well not be."""
 
 logger = logging.getLogger(__name__)
 
@@ -237,9 +241,11 @@ class Using(PoolCore):
         """Give back the space of the journal of what was unmounted, if it is an ext4's.
 
         Not where a volume is opened through another device of the kernel's: that would cost more
-        than it brings.
+        than it brings. Not in a pool that is full, where a write would wait for space.
         """
-        if not self._pool.opens_in_process:
+        status = self._pool.status()
+        room = status.data_blocks_total - status.data_blocks_used
+        if not self._pool.opens_in_process or status.mode is not PoolMode.RW or room < _ROOM:
             return
         try:
             with self._volumes.using(record, writer="deactivate") as volume:
