@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from thinpool import Thinpool
 from thinpool.bench import runner, stores
 from thinpool.bench.context import Options
 from thinpool.bench.suites import SUITES
@@ -118,3 +119,24 @@ def test_suite_that_needs_root_is_skipped_without_it(tmp_path, monkeypatch):
     found = runner.run(plan, say=said.append).suites["edits"]
     assert (found.state, found.series) == ("skipped", [])
     assert "needs root" in found.skipped[0][1]
+
+
+@pytest.mark.slow
+def test_a_run_keeps_no_volume_busy(bench, require, tmp_path, monkeypatch):
+    """It works in a mount namespace of its own, which begins with a copy of everything mounted."""
+    require("root", "fuse", "loop", "ext4")
+    folder = tmp_path / "mnt"
+    folder.mkdir()
+    monkeypatch.setenv("THINPOOL_LINGER", "1")
+    with Thinpool(tmp_path / "root", timeout=20) as api:
+        api.create_pool("p", size=256 << 20, base_size=128 << 20)
+        api.snapshot("p/base", "p/c", mount=folder)
+        child = bench.start("server", "--quick", "--repetitions", "1")
+        try:
+            bench.wait_for_a_series(child, "server")
+            assert not api.umount("p/c").mounts
+            api.deactivate("p/c")
+        finally:
+            child.send_signal(signal.SIGINT)
+            child.communicate(timeout=60)
+            api.remove_pool("p")

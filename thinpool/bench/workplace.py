@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final, Self
 from thinpool.api import Thinpool
 from thinpool.errors import ThinpoolError, UnsupportedHostError
 from thinpool.host import loop, mounts, syscalls
-from thinpool.host.mountinfo import mount_at
+from thinpool.host.mountinfo import mount_at, own_mounts
 from thinpool.host.programs import find_program, run_program
 
 if TYPE_CHECKING:
@@ -154,12 +154,36 @@ def workplace(directory: Path) -> Iterator[Workplace]:
             fcntl.flock(lock, fcntl.LOCK_EX)
         if os.geteuid() == 0:
             mounts.enter_private_namespace()
+            _let_go_of_volumes(folder)
         with (
             _environment("THINPOOL_RUN", str(folder / "run")),
             _environment("THINPOOL_LINGER", "2"),
             Workplace(folder) as place,
         ):
             yield place
+
+
+def _let_go_of_volumes(folder: Path) -> None:
+    """Take the volumes of other pools out of this mount namespace.
+
+    Where mounts are shared, what others unmount goes here too. Elsewhere, as in most containers, a
+    copy of each mount would keep its volume busy as long as the benchmarks run.
+    """
+    entries = own_mounts()
+    served = [f"{each.mount_point}/" for each in entries if each.fstype == "fuse.thinpool"]
+    for entry in reversed(entries):
+        volume = loop.describe_number(os.minor(entry.device)) if _is_loop(entry.device) else None
+        if volume is not None:
+            ours = any(volume.backing_file.startswith(each) for each in served)
+        else:
+            ours = entry.fstype == "fuse.thinpool"
+        if ours and not folder.is_relative_to(entry.mount_point):
+            with contextlib.suppress(ThinpoolError):
+                mounts.unmount(entry.mount_point, lazy=True)
+
+
+def _is_loop(device: int) -> bool:
+    return os.major(device) == loop.LOOP_MAJOR
 
 
 @contextlib.contextmanager
