@@ -164,22 +164,6 @@ int tp_walk_cursor_next(struct tp_walk_cursor *cursor, const struct tp_walk_node
 
 /* ---- lookup ------------------------------------------------------------------------------ */
 
-/* Index of the last key that is not above, nr_entries when all are. */
-static uint32_t last_not_above(const struct tp_walk_node *node, uint64_t key)
-{
-	uint32_t low = 0, high = node->nr_entries;
-
-	while (low < high) {
-		uint32_t middle = low + (high - low) / 2;
-
-		if (tp_walk_key(node, middle) <= key)
-			low = middle + 1;
-		else
-			high = middle;
-	}
-	return low ? low - 1 : node->nr_entries;
-}
-
 int tp_walk_lookup(struct tp_walk_reader *reader, uint64_t root, uint64_t key, uint64_t *value_ret,
 		   struct tp_error *err)
 {
@@ -195,7 +179,7 @@ int tp_walk_lookup(struct tp_walk_reader *reader, uint64_t root, uint64_t key, u
 			rc = tp_walk_node_load(data, block, 8, &node, err);
 		if (rc)
 			return rc;
-		index = last_not_above(&node, key);
+		index = tp_walk_node_find(&node, key);
 		if (index == node.nr_entries || (node.leaf && tp_walk_key(&node, index) != key))
 			return tp_fail(err, TP_E_KEY_NOT_FOUND, "key %llu is not in the tree",
 				       (unsigned long long)key);

@@ -121,3 +121,18 @@ int tp_walk_node_load(const void *data, uint64_t block, uint32_t leaf_value_size
 				     number, disorder);
 	return 0;
 }
+
+uint32_t tp_walk_node_find(const struct tp_walk_node *node, uint64_t key)
+{
+	uint32_t low = 0, high = node->nr_entries;
+
+	while (low < high) {
+		uint32_t middle = low + (high - low) / 2;
+
+		if (tp_walk_key(node, middle) <= key)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return low ? low - 1 : node->nr_entries;
+}

@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* A team of threads that run one job together, and memory that costs what is touched. */
-#include <errno.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -44,6 +43,14 @@ void *tp_walk_map_dense(uint64_t bytes)
 	return memory + lead;
 }
 
+void tp_walk_touch(void *memory, uint64_t bytes)
+{
+	volatile uint8_t *touched = memory;
+
+	for (uint64_t at = 0; at < bytes; at += HUGE_PAGE)
+		touched[at] = 0;
+}
+
 void tp_walk_unmap(void *memory, uint64_t bytes)
 {
 	if (memory)
@@ -57,8 +64,9 @@ struct tp_walk_team {
 	tp_walk_job job;
 	void *argument;
 	uint64_t round; /* of the job: a thread runs each round once */
+	unsigned size;
 	unsigned nr_running;
-	unsigned nr_started; /* threads beside the caller */
+	unsigned nr_started; /* threads beside the caller: when there is work for them */
 	unsigned next_number;
 	bool stop;
 	pthread_t threads[TP_WALK_THREADS_MAX];
@@ -98,18 +106,10 @@ int tp_walk_team_create(unsigned nr_threads, struct tp_walk_team **team_ret, str
 	team = calloc(1, sizeof(*team));
 	if (!team)
 		return tp_fail(err, TP_E_NO_MEMORY, "no memory for %u threads", nr_threads);
+	team->size = nr_threads;
 	pthread_mutex_init(&team->lock, NULL);
 	pthread_cond_init(&team->work, NULL);
 	pthread_cond_init(&team->idle, NULL);
-	while (team->nr_started < nr_threads - 1) {
-		int rc = pthread_create(&team->threads[team->nr_started], NULL, member, team);
-
-		if (rc) {
-			tp_walk_team_destroy(team);
-			return tp_fail_errno(err, TP_E_NO_MEMORY, rc, "cannot start a thread");
-		}
-		team->nr_started++;
-	}
 	*team_ret = team;
 	return 0;
 }
@@ -132,13 +132,23 @@ void tp_walk_team_destroy(struct tp_walk_team *team)
 
 unsigned tp_walk_team_size(const struct tp_walk_team *team)
 {
-	return team->nr_started + 1;
+	return team->size;
+}
+
+/* Under lock, so that each new one finds this round. Those that the system refuses are not missed:
+ * jobs share their work out as it comes. */
+static void start_all(struct tp_walk_team *team)
+{
+	while (team->nr_started < team->size - 1 &&
+	       !pthread_create(&team->threads[team->nr_started], NULL, member, team))
+		team->nr_started++;
 }
 
 void tp_walk_team_run(struct tp_walk_team *team, tp_walk_job job, void *argument)
 {
 	pthread_mutex_lock(&team->lock);
 	TP_ASSERT(team->nr_running == 0);
+	start_all(team);
 	team->job = job;
 	team->argument = argument;
 	team->nr_running = team->nr_started;

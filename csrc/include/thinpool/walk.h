@@ -35,6 +35,9 @@
 void *tp_walk_map(uint64_t bytes);
 /* The same for what is touched all over: in huge pages where the system gives them. */
 void *tp_walk_map_dense(uint64_t bytes);
+/* Have dense memory there at once. What is read first and written then is given pages of zeros that
+ * all share, and the change of each for one of its own interrupts every processor. */
+void tp_walk_touch(void *memory, uint64_t bytes);
 void tp_walk_unmap(void *memory, uint64_t bytes);
 
 /* ---- thread team ------------------------------------------------------------------------- */
@@ -45,7 +48,8 @@ struct tp_walk_team;
 
 typedef void (*tp_walk_job)(void *argument, unsigned thread);
 
-/* nr_threads >= 1; the caller of tp_walk_team_run is thread 0, the others wait without spinning. */
+/* nr_threads >= 1; the caller of tp_walk_team_run is thread 0, the others are started by the first
+ * run and wait without spinning. */
 int tp_walk_team_create(unsigned nr_threads, struct tp_walk_team **team_ret, struct tp_error *err);
 void tp_walk_team_destroy(struct tp_walk_team *team);
 unsigned tp_walk_team_size(const struct tp_walk_team *team);
@@ -168,9 +172,33 @@ bool tp_walk_node_parse(const void *data, uint32_t leaf_value_size, struct tp_wa
 			struct tp_walk_fault *fault);
 /* Index of the first key that is not above the one before it; nr_entries when all are. */
 uint32_t tp_walk_node_disorder(const struct tp_walk_node *node);
+/* Index of the last key that is not above; nr_entries when all are. */
+uint32_t tp_walk_node_find(const struct tp_walk_node *node, uint64_t key);
 /* tp_walk_block_check and tp_walk_node_parse as a status for those who need the node or fail. */
 int tp_walk_node_load(const void *data, uint64_t block, uint32_t leaf_value_size,
 		      struct tp_walk_node *node_ret, struct tp_error *err);
+
+/* ---- lists of nodes ---------------------------------------------------------------------- */
+
+/*
+ * Nodes of trees with values of 8 bytes, read together on all threads, tested, and used where they
+ * were read. For lists each of which follows from the one before: blocks that were read along with
+ * that are not read again.
+ */
+struct tp_walk_nodes;
+
+/* Of lists of at most so many blocks: one and a half times that in memory, as it is used. */
+int tp_walk_nodes_create(struct tp_walk_reader *reader, size_t most,
+			 struct tp_walk_nodes **nodes_ret, struct tp_error *err);
+void tp_walk_nodes_destroy(struct tp_walk_nodes *list);
+/* Blocks may stand in the list more than once, and need not be on the device. Fails for want of
+ * memory only. */
+int tp_walk_nodes_read(struct tp_walk_nodes *list, const uint64_t *blocks, size_t nr,
+		       struct tp_error *err);
+/* The node of the list's index'th block, valid until the next read; fails as tp_walk_node_load
+ * does. One thread at a time. */
+int tp_walk_nodes_get(struct tp_walk_nodes *list, uint64_t block, size_t index,
+		      const struct tp_walk_node **node_ret, struct tp_error *err);
 
 /* ---- ordered walk of one tree ------------------------------------------------------------ */
 
