@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import struct
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from thinpool._native import ffi, lib
-from thinpool.check.source import none_if_nothing, opened
+from thinpool.check.source import NOTHING, opened
 from thinpool.engine.handle import Handle
 from thinpool.engine.status import check as check_status
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from thinpool.check.source import Source
     from thinpool.engine.bdev import BlockDevice
 
-BATCH = 4096
+BATCH: Final = 512
+RUN: Final = struct.Struct("=4Q2I")
+"""``struct tp_delta_run``, read as a whole: five fields through cffi take five times as long."""
 
 
 class DeltaKind(Enum):
@@ -37,9 +39,10 @@ _KINDS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class DeltaRange:
+class DeltaRange(NamedTuple):
     """Neighbouring virtual blocks of one kind.
+
+    A tuple, since there may be millions, and a frozen dataclass takes four times as long to make.
 
     Attributes:
         kind: how they stand in the two devices.
@@ -80,13 +83,14 @@ class _Delta(Handle):
                 check_status(status, err, path=self._path)
             if count[0] == 0:
                 return
-            for run in batch[0 : count[0]]:
+            runs = RUN.iter_unpack(ffi.buffer(batch, count[0] * RUN.size))
+            for begin, length, left, right, kind, _ in runs:
                 yield DeltaRange(
-                    _KINDS[run.kind],
-                    int(run.begin),
-                    int(run.length),
-                    none_if_nothing(run.left_data_begin),
-                    none_if_nothing(run.right_data_begin),
+                    _KINDS[kind],
+                    begin,
+                    length,
+                    None if left == NOTHING else left,
+                    None if right == NOTHING else right,
                 )
 
 
