@@ -46,6 +46,10 @@ static void drop_tables(struct tp_check *check)
 	tp_walk_unmap(check->kept.nodes, KEPT_BYTES);
 	free(check->kept.blocks);
 	check->kept = (struct tp_check_kept){ 0 };
+	tp_walk_unmap(check->ahead.bits, bits);
+	tp_walk_unmap(check->ahead.copies.nodes, KEPT_BYTES);
+	free(check->ahead.copies.blocks);
+	check->ahead = (struct tp_check_ahead){ 0 };
 	check->uses = NULL;
 	check->infos = NULL;
 	check->level = NULL;
@@ -70,18 +74,19 @@ static int make_tables(struct tp_check *check, struct tp_error *err)
 	uint64_t bits = tp_walk_words(nr) * 8;
 
 	check->uses = tp_walk_map(nr);
-	check->infos = tp_walk_map(nr * sizeof(*check->infos));
+	check->infos = tp_walk_map_dense(nr * sizeof(*check->infos));
 	check->level = tp_walk_map(bits);
 	check->next_level = tp_walk_map(bits);
 	check->internals = tp_walk_map(bits);
-	check->kept.nodes = tp_walk_map(KEPT_BYTES);
+	check->kept.nodes = tp_walk_map_dense(KEPT_BYTES);
 	check->kept.blocks = calloc(TP_CHECK_KEPT_MAX, sizeof(*check->kept.blocks));
 	if (!check->uses || !check->infos || !check->level || !check->next_level ||
 	    !check->internals || !check->kept.nodes || !check->kept.blocks)
 		return tp_fail(err, TP_E_NO_MEMORY, "no memory to check %llu metadata blocks",
 			       (unsigned long long)nr);
 	return tp_check_counts_init(&check->counts, nr, 0, err)
-		       ?: tp_check_space_maps_init(check, err);
+		       ?: tp_check_space_maps_init(check, err)
+		       ?: tp_check_look_ahead(check, err);
 }
 
 static void refer_trees(struct tp_check *check, const struct tp_walk_superblock *superblock)

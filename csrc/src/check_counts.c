@@ -39,6 +39,7 @@ int tp_check_counts_init(struct tp_check_counts *counts, uint64_t nr, unsigned n
 		return tp_fail(err, TP_E_NO_MEMORY, "no memory to count references to %llu blocks",
 			       (unsigned long long)nr);
 	}
+	tp_walk_touch(counts->low, lane_bytes * counts->nr_lanes);
 	return 0;
 }
 

@@ -14,6 +14,7 @@
 
 #define STALE_BY_THIN_RESTORE 1u /* blocks */
 #define EVEN_BITS             UINT64_C(0x5555555555555555)
+#define AHEAD_LEAST           16u /* fewer bitmaps are not worth looking for */
 
 static enum tp_check_structure structure_of(const struct tp_check_space_map *map)
 {
@@ -156,6 +157,15 @@ static uint64_t overflow_word(const struct tp_check_space_map *map, uint64_t fir
 	return bits * 3;
 }
 
+/* How many of the even bits are set; nothing else may be. The processor's own instruction is not to
+ * be had on every x86-64. */
+static unsigned count_even(uint64_t bits)
+{
+	bits = (bits & UINT64_C(0x3333333333333333)) + (bits >> 2 & UINT64_C(0x3333333333333333));
+	bits = (bits + (bits >> 4)) & UINT64_C(0x0f0f0f0f0f0f0f0f);
+	return (unsigned)(bits * UINT64_C(0x0101010101010101) >> 56);
+}
+
 struct found {
 	uint64_t nr_used;
 	uint64_t nr_free;
@@ -178,7 +188,7 @@ static void scan(struct run *run, uint64_t index, const struct tp_disk_bitmap *b
 								  : TP_WORD_ENTRIES;
 		uint64_t live = nr == TP_WORD_ENTRIES ? UINT64_MAX : (UINT64_C(1) << 2 * nr) - 1;
 		uint64_t used = (word | word >> 1) & EVEN_BITS & live;
-		uint64_t nr_used = (unsigned)__builtin_popcountll(used);
+		uint64_t nr_used = count_even(used);
 		uint64_t threes;
 
 		if (word & ~live)
@@ -190,7 +200,7 @@ static void scan(struct run *run, uint64_t index, const struct tp_disk_bitmap *b
 		if (at + nr <= entry->none_free_before)
 			found->nr_free_hidden += nr - nr_used;
 		else if (at < entry->none_free_before)
-			found->nr_free_hidden += (unsigned)__builtin_popcountll(
+			found->nr_free_hidden += count_even(
 				~used & EVEN_BITS & live &
 				((UINT64_C(1) << 2 * (entry->none_free_before - at)) - 1));
 		word &= live;
@@ -412,6 +422,105 @@ void tp_check_space_maps_deinit(struct tp_check *check)
 	tp_check_counts_deinit(&check->data_counts);
 }
 
+/* ---- ahead ------------------------------------------------------------------------------- */
+
+static void mark_ahead(struct tp_check *check, const struct tp_walk_node *leaf)
+{
+	struct tp_check_ahead *ahead = &check->ahead;
+
+	for (uint32_t i = 0; i < leaf->nr_entries && ahead->nr < TP_CHECK_KEPT_MAX; i++) {
+		struct tp_disk_index_entry entry;
+		uint64_t block;
+
+		memcpy(&entry, tp_walk_value(leaf, i), sizeof(entry));
+		block = tp_le64_get(entry.blocknr);
+		if (block && block < check->nr_blocks && tp_walk_bit_set(ahead->bits, block))
+			ahead->nr++;
+	}
+}
+
+/* An index that is more than two nodes high has more bitmaps than are put aside. */
+static int mark_below(struct tp_check *check, const struct tp_walk_node *root, struct tp_error *err)
+{
+	uint64_t blocks[TP_MD_BLOCK_SIZE / 16];
+	int statuses[TP_MD_BLOCK_SIZE / 16];
+	uint32_t nr = root->nr_entries;
+	uint8_t *slots = malloc((size_t)nr * TP_MD_BLOCK_SIZE);
+	struct tp_walk_node leaf;
+	int rc;
+
+	if (!slots)
+		return tp_fail(err, TP_E_NO_MEMORY, "no memory for %u nodes", nr);
+	for (uint32_t i = 0; i < nr; i++)
+		blocks[i] = tp_walk_value64(root, i);
+	rc = tp_walk_read_list(check->reader, blocks, nr, slots, statuses, err);
+	for (uint32_t i = 0; !rc && i < nr; i++)
+		if (!statuses[i] &&
+		    !tp_walk_node_load(slots + (size_t)i * TP_MD_BLOCK_SIZE, blocks[i],
+				       TP_INDEX_VALUE_SIZE, &leaf, NULL) &&
+		    leaf.leaf)
+			mark_ahead(check, &leaf);
+	free(slots);
+	return rc;
+}
+
+int tp_check_look_ahead(struct tp_check *check, struct tp_error *err)
+{
+	uint8_t data[TP_MD_BLOCK_SIZE] __attribute__((aligned(4096)));
+	struct tp_check_space_map *map = &check->data_map;
+	struct tp_check_ahead *ahead = &check->ahead;
+	struct tp_walk_node root;
+
+	if (map->nr_bitmaps < AHEAD_LEAST)
+		return 0;
+	ahead->bits = tp_walk_map(tp_walk_words(check->nr_blocks) * 8);
+	ahead->copies.nodes = tp_walk_map_dense((uint64_t)TP_CHECK_KEPT_MAX * TP_MD_BLOCK_SIZE);
+	ahead->copies.blocks = calloc(TP_CHECK_KEPT_MAX, sizeof(*ahead->copies.blocks));
+	if (!ahead->bits || !ahead->copies.nodes || !ahead->copies.blocks)
+		return tp_fail(err, TP_E_NO_MEMORY, "no memory for bitmaps");
+	if (tp_walk_read(check->reader, map->bitmap_root, data, NULL) ||
+	    tp_walk_node_load(data, map->bitmap_root, TP_INDEX_VALUE_SIZE, &root, NULL))
+		return 0;
+	if (!root.leaf)
+		return mark_below(check, &root, err);
+	mark_ahead(check, &root);
+	return 0;
+}
+
+static void visit_aside(void *argument, unsigned thread)
+{
+	struct tp_check *check = argument;
+	struct tp_check_kept *copies = &check->ahead.copies;
+	size_t slot;
+
+	while ((slot = atomic_fetch_add_explicit(&copies->next, 1, memory_order_relaxed)) <
+	       tp_check_nr_kept(copies)) {
+		uint64_t block = copies->blocks[slot];
+
+		if (tp_walk_bit_get(check->level, block))
+			visit_bitmap(check, thread, block, copies->nodes + slot * TP_MD_BLOCK_SIZE,
+				     0);
+	}
+}
+
+/* Those of the bitmaps in `level` that were put aside, which are then no longer in it. */
+static void check_aside(struct tp_check *check)
+{
+	struct tp_check_kept *copies = &check->ahead.copies;
+
+	if (!tp_check_nr_kept(copies))
+		return;
+	atomic_store(&copies->next, 0);
+	tp_walk_team_run(tp_walk_reader_team(check->reader), visit_aside, check);
+	for (size_t slot = 0; slot < tp_check_nr_kept(copies); slot++) {
+		uint64_t block = copies->blocks[slot];
+
+		check->level[block / 64] &= ~(UINT64_C(1) << block % 64);
+	}
+}
+
+/* ---- both -------------------------------------------------------------------------------- */
+
 static void check_bitmaps(struct tp_check *check, struct tp_check_space_map *map)
 {
 	check->visiting = map;
@@ -422,6 +531,7 @@ static void check_bitmaps(struct tp_check *check, struct tp_check_space_map *map
 		else
 			map->unreadable = true;
 	}
+	check_aside(check);
 	tp_walk_blocks(check->reader, check->level, check->nr_blocks, visit_bitmap, check);
 }
 

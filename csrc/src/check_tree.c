@@ -16,6 +16,8 @@
 #include "thinpool/check.h"
 #include "thinpool/error.h"
 
+#define CHILD_PREFETCH 12u
+
 enum tp_check_structure tp_check_use_structure(enum tp_check_use use)
 {
 	switch (use) {
@@ -66,6 +68,22 @@ static bool is_tree(enum tp_check_use use)
 	return use == TP_USE_MAPPING_TOP_LEVEL || use == TP_USE_DEVICE_TREE ||
 	       use == TP_USE_DETAILS_TREE || use == TP_USE_DATA_INDEX ||
 	       use == TP_USE_DATA_OVERFLOW || use == TP_USE_METADATA_OVERFLOW;
+}
+
+/* What is kept of blocks is anywhere: ask for that of a child some entries before it is needed. */
+static void prefetch_child(const struct tp_check *check, const struct tp_walk_node *node,
+			   uint32_t index)
+{
+	uint64_t child;
+
+	if (index + CHILD_PREFETCH >= node->nr_entries)
+		return;
+	child = tp_walk_value64(node, index + CHILD_PREFETCH);
+	if (child >= check->nr_blocks)
+		return;
+	__builtin_prefetch(&check->infos[child], 1);
+	__builtin_prefetch((const uint8_t *)&check->infos[child + 1] - 1, 1);
+	__builtin_prefetch(&check->uses[child], 1);
 }
 
 /* Something below could not be followed: what is counted too high may only seem so. */
@@ -167,7 +185,8 @@ static void say_mapping(struct tp_check *check, enum tp_check_type type, uint64_
 	tp_check_report(check, record);
 }
 
-#define PREFETCH 16u /* entries ahead: data blocks of neighbours are anywhere */
+#define LONG_PASS 8u  /* as many blocks as those that are put aside, at least */
+#define PREFETCH  16u /* entries ahead: data blocks of neighbours are anywhere */
 
 /* Faults of one entry; rare, so that the loop that counts stays small. */
 static void say_mapping_faults(struct tp_check *check, uint64_t block, uint64_t key,
@@ -309,7 +328,7 @@ static void check_shape(struct tp_check *check, enum tp_check_use use, uint64_t 
 	}
 }
 
-static void keep(struct tp_check_kept *kept, uint64_t block, const void *data)
+void tp_check_keep(struct tp_check_kept *kept, uint64_t block, const void *data)
 {
 	size_t slot = atomic_fetch_add_explicit(&kept->nr, 1, memory_order_relaxed);
 
@@ -329,6 +348,11 @@ static void visit_node(void *argument, unsigned thread, uint64_t block, const vo
 	struct tp_walk_node node;
 	uint8_t state = TP_INFO_USABLE;
 
+	if (check->ahead.passing && tp_walk_bit_get(check->ahead.bits, block)) {
+		if (data)
+			tp_check_keep(&check->ahead.copies, block, data);
+		return;
+	}
 	if (!data)
 		fault.found = (uint64_t)-status;
 	if (!data || !tp_walk_block_check(data, block, TP_SALT_NODE, &fault) ||
@@ -351,12 +375,14 @@ static void visit_node(void *argument, unsigned thread, uint64_t block, const vo
 		state |= TP_INFO_DONE;
 	} else {
 		state |= TP_INFO_INTERNAL;
-		for (uint32_t i = 0; i < node.nr_entries; i++)
+		for (uint32_t i = 0; i < node.nr_entries; i++) {
+			prefetch_child(check, &node, i);
 			if (!tp_check_refer(check, use, tp_walk_value64(&node, i), block,
 					    tp_walk_key(&node, i), info->device))
 				state |= TP_INFO_INCOMPLETE;
+		}
 		tp_walk_bit_set(check->internals, block);
-		keep(&check->kept, block, data);
+		tp_check_keep(&check->kept, block, data);
 	}
 	__atomic_fetch_or(&info->state, state, __ATOMIC_RELEASE);
 }
@@ -467,6 +493,7 @@ static void try_finish(struct tp_check *check, enum tp_check_use use, uint64_t b
 	for (uint32_t i = 0; i < node->nr_entries; i++) {
 		uint64_t child = tp_walk_value64(node, i);
 
+		prefetch_child(check, node, i);
 		if (child_info(check, use, child) && !(state_of(check, child) & TP_INFO_DONE))
 			return;
 	}
@@ -497,9 +524,9 @@ static void visit_again(void *argument, unsigned thread, uint64_t block, const v
 	try_finish(check, use, block, &node);
 }
 
-static size_t nr_kept(const struct tp_check *check)
+size_t tp_check_nr_kept(const struct tp_check_kept *kept)
 {
-	size_t nr = atomic_load_explicit(&check->kept.nr, memory_order_relaxed);
+	size_t nr = atomic_load_explicit(&kept->nr, memory_order_relaxed);
 
 	return nr < TP_CHECK_KEPT_MAX ? nr : TP_CHECK_KEPT_MAX;
 }
@@ -512,7 +539,7 @@ static void visit_kept(void *argument, unsigned thread)
 
 	(void)thread;
 	while ((slot = atomic_fetch_add_explicit(&kept->next, 1, memory_order_relaxed)) <
-	       nr_kept(check)) {
+	       tp_check_nr_kept(&check->kept)) {
 		uint64_t block = kept->blocks[slot];
 		enum tp_check_use use = check->uses[block];
 		struct tp_walk_fault fault;
@@ -553,7 +580,7 @@ static void say_too_deep(struct tp_check *check, const uint64_t *bits)
 static bool mark_unkept(struct tp_check *check)
 {
 	memcpy(check->level, check->internals, tp_walk_words(check->nr_blocks) * 8);
-	for (size_t i = 0; i < nr_kept(check); i++) {
+	for (size_t i = 0; i < tp_check_nr_kept(&check->kept); i++) {
 		uint64_t block = check->kept.blocks[i];
 
 		check->level[block / 64] &= ~(UINT64_C(1) << block % 64);
@@ -587,6 +614,32 @@ static void walk_up(struct tp_check *check)
 		say_too_deep(check, pending);
 }
 
+/* Put aside in this pass what is not part of it and lies on its way, when it is a long one. */
+static void pass_by(struct tp_check *check)
+{
+	struct tp_check_ahead *ahead = &check->ahead;
+	uint64_t words = tp_walk_words(check->nr_blocks), nr = 0, block;
+
+	if (!ahead->nr)
+		return;
+	for (uint64_t word = 0; word < words; word++)
+		nr += (unsigned)__builtin_popcountll(check->level[word]);
+	if (nr < LONG_PASS * ahead->nr)
+		return;
+	for (block = next_bit(check, ahead->bits, 0); block < check->nr_blocks;
+	     block = next_bit(check, ahead->bits, block + 1)) {
+		uint64_t bit = UINT64_C(1) << block % 64;
+
+		/* Somebody's already: it is visited as that, now or later, and not twice. */
+		if (check->uses[block] != TP_USE_NONE)
+			ahead->bits[block / 64] &= ~bit;
+		else
+			check->level[block / 64] |= bit;
+	}
+	ahead->passing = true;
+	ahead->nr = 0;
+}
+
 void tp_check_walk(struct tp_check *check)
 {
 	size_t bytes = tp_walk_words(check->nr_blocks) * 8;
@@ -606,7 +659,9 @@ void tp_check_walk(struct tp_check *check)
 		check->level = check->next_level;
 		check->next_level = swap;
 		memset(check->next_level, 0, bytes);
+		pass_by(check);
 		tp_walk_blocks(check->reader, check->level, check->nr_blocks, visit_node, check);
+		check->ahead.passing = false;
 	}
 	walk_up(check);
 }

@@ -136,7 +136,7 @@ struct tp_check_info {
 	bool empty; /* no key in the whole subtree */
 };
 
-/* Copies of the first internal nodes of a walk, so that they need not be read again. */
+/* Copies of blocks, so that they need not be read again: the first internal nodes of a walk. */
 struct tp_check_kept {
 	uint8_t *nodes; /* TP_CHECK_KEPT_MAX blocks; costs those that are used */
 	uint64_t *blocks;
@@ -145,6 +145,19 @@ struct tp_check_kept {
 };
 
 #define TP_CHECK_KEPT_MAX 2048u
+
+/*
+ * The data space map's bitmaps stand between the leaves of the trees, and each would be a read of
+ * its own once these are walked. So they are read with them, where a first look at the index finds
+ * them, and put aside. It judges nothing: a bitmap is looked at when its time has come, and one
+ * that was not put aside is read then.
+ */
+struct tp_check_ahead {
+	uint64_t nr;    /* of bits that are set; 0: nothing is read ahead */
+	uint64_t *bits; /* blocks to put aside */
+	bool passing;   /* in this pass */
+	struct tp_check_kept copies;
+};
 
 /* ---- the check --------------------------------------------------------------------------- */
 
@@ -208,6 +221,7 @@ struct tp_check {
 	uint64_t *next_level;
 	uint64_t *internals; /* bits: internal nodes met in this walk */
 	struct tp_check_kept kept;
+	struct tp_check_ahead ahead;
 	struct tp_check_space_map data_map;
 	struct tp_check_space_map metadata_map;
 	struct tp_check_space_map *visiting; /* the one whose tree is being walked */
@@ -242,6 +256,10 @@ void tp_check_report_sort(struct tp_check *check);
 int tp_check_superblocks(struct tp_check *check, struct tp_error *err);
 
 /* check_tree.c */
+/* A copy of a block, while there is room. Any thread. */
+void tp_check_keep(struct tp_check_kept *kept, uint64_t block, const void *data);
+/* How many there are. */
+size_t tp_check_nr_kept(const struct tp_check_kept *kept);
 /* Count a pointer to a block, and put it on the next level when it is the first. `from` is the
  * block that holds the pointer. False when the pointer is of no use (and was reported). */
 bool tp_check_refer(struct tp_check *check, enum tp_check_use use, uint64_t block, uint64_t from,
@@ -258,6 +276,8 @@ int tp_check_devices(struct tp_check *check, struct tp_error *err);
 /* After the superblocks, before any walk; deinit takes what init left half made. */
 int tp_check_space_maps_init(struct tp_check *check, struct tp_error *err);
 void tp_check_space_maps_deinit(struct tp_check *check);
+/* Find out which blocks are worth putting aside. After init. Fails for want of memory only. */
+int tp_check_look_ahead(struct tp_check *check, struct tp_error *err);
 int tp_check_space_maps(struct tp_check *check, struct tp_error *err);
 /* An entry of the data space map's index, an entry of an overflow tree: called by the walk. */
 void tp_check_index_entry(struct tp_check *check, uint64_t leaf, uint64_t key,
