@@ -226,6 +226,8 @@ int tp_md_format(struct tp_bdev *bdev, uint32_t data_block_sectors, uint64_t nr_
 	if (!r)
 		r = tp_md_write_blocks(md, err);
 	if (!r)
+		r = tp_md_flush_blocks(md, err);
+	if (!r)
 		r = tp_md_write_superblock(md, err);
 	tp_md_close(md);
 	return r;
@@ -944,17 +946,19 @@ int tp_md_write_blocks(struct tp_metadata *md, struct tp_error *err)
 	return r;
 }
 
+int tp_md_flush_blocks(struct tp_metadata *md, struct tp_error *err)
+{
+	TP_ASSERT(md->sealed);
+	return tp_bdev_flush(md->bdev, err);
+}
+
 int tp_md_write_superblock(struct tp_metadata *md, struct tp_error *err)
 {
 	int r;
 
 	TP_ASSERT(md->sealed);
-	r = tp_bdev_flush(md->bdev, err);
-	if (!r)
-		r = tp_superblock_write(md->bdev, md->pending, err);
-	if (!r)
-		r = tp_bdev_flush(md->bdev, err);
-	return r;
+	r = tp_superblock_write(md->bdev, md->pending, err);
+	return r ? r : tp_bdev_flush(md->bdev, err);
 }
 
 void tp_md_finish(struct tp_metadata *md, struct tp_run_list *freed)

@@ -306,6 +306,7 @@ static struct tp_pool *pool_alloc(void)
 	cond_init_monotonic(&pool->event_cond);
 	cond_init_monotonic(&pool->background_cond);
 	pool->flushes.next = 1;
+	pool->after_fd = pool->sealed_after_fd = -1;
 	pool->locks = tp_block_locks_create();
 	if (!pool->locks) {
 		tp_pool_free(pool);

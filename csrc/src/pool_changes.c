@@ -338,7 +338,8 @@ static int change_all(struct tp_pool *pool, const struct tp_change *changes, siz
 
 /* The series with its gates and locks; durable on return when commit is set. */
 static int run_series(struct tp_pool *pool, const struct tp_change *changes, size_t n,
-		      const uint64_t *expected, uint64_t wanted, bool commit, struct tp_error *err)
+		      const uint64_t *expected, uint64_t wanted, bool commit, int after_fd,
+		      struct tp_error *err)
 {
 	struct closed_gates gates;
 	bool tight;
@@ -362,6 +363,11 @@ static int run_series(struct tp_pool *pool, const struct tp_change *changes, siz
 	pthread_mutex_lock(&pool->md_lock);
 	r = change_all(pool, changes, n, expected ? *expected : tp_md_transaction_id(pool->md),
 		       expected ? wanted : tp_md_transaction_id(pool->md), err);
+	if (!r && after_fd >= 0) {
+		/* Two of one transaction: the second waits here for the first's. */
+		tp_pool_wait_until_ready(pool->after_fd);
+		pool->after_fd = after_fd;
+	}
 	/* Nobody need be woken for what is committed here at once. */
 	if (!r && !commit)
 		tp_pool_dirtied(pool);
@@ -377,7 +383,7 @@ static int run_series(struct tp_pool *pool, const struct tp_change *changes, siz
 }
 
 static int run_with_deletes(struct tp_pool *pool, const struct tp_change *changes, size_t n,
-			    const uint64_t *expected, uint64_t wanted, bool commit,
+			    const uint64_t *expected, uint64_t wanted, bool commit, int after_fd,
 			    struct tp_error *err)
 {
 	struct doomed *doomed = calloc(n ? n : 1, sizeof(*doomed));
@@ -392,49 +398,52 @@ static int run_with_deletes(struct tp_pool *pool, const struct tp_change *change
 	if (!r)
 		r = doom(pool, changes, n, doomed, &count, err);
 	pthread_mutex_unlock(&pool->md_lock);
+	/* Emptying commits on its own, and is not undone. */
+	if (!r && count)
+		tp_pool_wait_until_ready(after_fd);
 	for (i = 0; i < n && !r; i++)
 		if (empties(changes, n, i))
 			r = empty_device(pool, changes[i].id, err);
 	if (!r)
-		r = run_series(pool, changes, n, expected, wanted, commit, err);
+		r = run_series(pool, changes, n, expected, wanted, commit, after_fd, err);
 	pardon(pool, doomed, count);
 	free(doomed);
 	return r;
 }
 
 int tp_pool_apply(struct tp_pool *pool, const struct tp_change *changes, size_t nr_changes,
-		  uint64_t expected_transaction_id, uint64_t new_transaction_id,
+		  uint64_t expected_transaction_id, uint64_t new_transaction_id, int32_t after_fd,
 		  struct tp_error *err)
 {
 	return run_with_deletes(pool, changes, nr_changes, &expected_transaction_id,
-				new_transaction_id, true, err);
+				new_transaction_id, true, after_fd, err);
 }
 
 int tp_volume_create(struct tp_pool *pool, uint32_t id, struct tp_error *err)
 {
 	struct tp_change change = { .kind = TP_CHANGE_CREATE, .id = id };
 
-	return run_series(pool, &change, 1, NULL, 0, false, err);
+	return run_series(pool, &change, 1, NULL, 0, false, -1, err);
 }
 
 int tp_snapshot_create(struct tp_pool *pool, uint32_t id, uint32_t origin_id, struct tp_error *err)
 {
 	struct tp_change change = { .kind = TP_CHANGE_SNAPSHOT, .id = id, .origin = origin_id };
 
-	return run_series(pool, &change, 1, NULL, 0, false, err);
+	return run_series(pool, &change, 1, NULL, 0, false, -1, err);
 }
 
 int tp_volume_delete(struct tp_pool *pool, uint32_t id, struct tp_error *err)
 {
 	struct tp_change change = { .kind = TP_CHANGE_DELETE, .id = id };
 
-	return run_with_deletes(pool, &change, 1, NULL, 0, false, err);
+	return run_with_deletes(pool, &change, 1, NULL, 0, false, -1, err);
 }
 
 int tp_pool_set_transaction_id(struct tp_pool *pool, uint64_t expected, uint64_t wanted,
 			       struct tp_error *err)
 {
-	return run_series(pool, NULL, 0, &expected, wanted, false, err);
+	return run_series(pool, NULL, 0, &expected, wanted, false, -1, err);
 }
 
 /* ---- sizes, metadata snapshot ------------------------------------------------------------- */

@@ -6,6 +6,8 @@
  * is a flush of the data device (one host flush), or a commit (three) when someone in it needs a
  * mapping made durable.
  */
+#include <errno.h>
+#include <poll.h>
 #include <string.h>
 #include <time.h>
 
@@ -14,6 +16,14 @@
 #define PUNCH_STEP_BLOCKS  256u
 #define PUNCH_MERGE_BLOCKS 4096u
 #define AT_REST_MS         500u /* without a change, then the space taken ahead is returned */
+
+void tp_pool_wait_until_ready(int fd)
+{
+	struct pollfd ready = { .fd = fd, .events = POLLIN };
+
+	while (fd >= 0 && poll(&ready, 1, -1) < 0 && errno == EINTR)
+		;
+}
 
 static int flush_data(struct tp_pool *pool, struct tp_error *err)
 {
@@ -34,8 +44,13 @@ static int write_out(struct tp_pool *pool, struct tp_error *err)
 		r = flush_data(pool, err);
 	if (!r) {
 		atomic_fetch_add(&pool->metadata_flushes, 2);
+		r = tp_md_flush_blocks(pool->md, err);
+	}
+	if (!r) {
+		tp_pool_wait_until_ready(pool->sealed_after_fd);
 		r = tp_md_write_superblock(pool->md, err);
 	}
+	pool->sealed_after_fd = -1;
 	return r;
 }
 
@@ -75,6 +90,8 @@ static int seal(struct tp_pool *pool, uint64_t *transaction_ret, struct tp_error
 	if (r)
 		return tp_pool_failed(pool, r);
 	tp_redo_seal(pool->redo, tp_md_sealed_superblock(pool->md));
+	pool->sealed_after_fd = pool->after_fd;
+	pool->after_fd = -1;
 	return 0;
 }
 

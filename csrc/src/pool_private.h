@@ -100,6 +100,11 @@ struct tp_pool {
 	pthread_cond_t punched_cond; /* with md_lock: fewer are */
 	struct doomed *doomed;       /* volumes that are being deleted in steps */
 
+	/* Descriptors whose readiness a superblock waits for, -1 for none: of the open transaction
+	 * (with md_lock), and of the sealed one (with commit_lock). */
+	int after_fd;
+	int sealed_after_fd;
+
 	pthread_mutex_t commit_lock;
 	struct flush_rounds flushes;
 	_Atomic uint64_t committed; /* the last durable transaction */
@@ -160,6 +165,8 @@ int tp_pool_find_holes(struct tp_pool *pool, uint64_t first_block, struct tp_err
 /* One flush round: what was acknowledged before the call is durable on return. */
 int tp_pool_flush_round(struct tp_pool *pool, bool commit, struct tp_error *err);
 /* Seal, write and finish with the next transaction kept out; commit_lock and md_lock held. */
+/* Until a descriptor is readable; at once for -1. May block. */
+void tp_pool_wait_until_ready(int fd);
 int tp_pool_commit_locked(struct tp_pool *pool, struct tp_error *err);
 void *tp_pool_background(void *pool);
 

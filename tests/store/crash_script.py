@@ -20,6 +20,11 @@ def snapshot(service):
     service.snapshot("a", "new", caller=Caller(request="r1"))
 
 
+def snapshot_answered(service):
+    service.snapshot("a", "new", caller=Caller(request="r1", settles=True))
+    service.settle()
+
+
 def snapshot_with_full_log(service):
     service._catalogue._log._next = intentlog.SIZE // 4096
     snapshot(service)

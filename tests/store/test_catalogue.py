@@ -105,6 +105,21 @@ def test_ids_are_given_in_turn_and_reused_after_the_last(catalogue):
     assert first_ids(catalogue, 1) == [2]
 
 
+def test_no_id_is_given_twice_when_the_known_gap_is_short(catalogue):
+    for taken in (0, 1, 2, 3, 4, 7, VOLUME_ID_MAX):
+        catalogue.insert(record(taken))
+    catalogue.put("next_id", "5")
+    assert first_ids(catalogue, 1) == [5]
+    assert first_ids(catalogue, 4) == [5, 6, 8, 9]
+    catalogue.insert(record(5))
+    catalogue.put("next_id", "6")
+    assert first_ids(catalogue, 3) == [6, 8, 9]
+    catalogue.put("next_id", str(VOLUME_ID_MAX - 1))
+    found = first_ids(catalogue, 4)
+    assert found == [VOLUME_ID_MAX - 1, 6, 8, 9]
+    assert first_ids(catalogue, 4) == found
+
+
 def test_ids_are_found_between_many_that_are_taken(catalogue):
     taken = [*range(300), *range(301, 500)]
     with catalogue.transaction():

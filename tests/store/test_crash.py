@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from thinpool.check import check_metadata
-from thinpool.errors import BusyError
+from thinpool.errors import BusyError, HostSpaceError
 from thinpool.store import service as service_module
 from thinpool.store.catalogue import BUILDING, DELETING
 from thinpool.store.core import Caller
@@ -18,7 +18,7 @@ from thinpool.store.poolfile import read_config
 
 MIB = 1 << 20
 SCRIPT = Path(__file__).parent / "crash_script.py"
-STEPS = ("before-intent", "intent-written", "applied", "recorded")
+STEPS = ("before-intent", "intent-written", "intent-flushed", "applied", "recorded")
 
 
 def run(root, operation, step=None):
@@ -82,6 +82,67 @@ def test_making_is_done_or_not_and_can_be_asked_again(with_two, reopen, operatio
         if operation == "snapshot":
             with service.raw("new", writable=False) as raw:
                 assert raw.read(0, 13) == b"contents of a"
+
+
+@pytest.mark.parametrize("step", ["intent-flushed", "applied", "answered", "recorded"])
+def test_snapshot_that_was_answered_before_it_was_recorded_is_there(with_two, reopen, step):
+    run(with_two, "snapshot_answered", None if step == "recorded" else step)
+    with reopen() as service:
+        assert_agrees(service)
+        done = set() if step == "intent-flushed" else {"new"}
+        assert names(service) == {"a", "b"} | done
+        made = service.snapshot("a", "new", caller=Caller(request="r1"))
+        with service.raw("new", writable=False) as raw:
+            assert raw.read(0, 13) == b"contents of a"
+        assert service.get("new").id == made.id
+        assert_agrees(service)
+
+
+def test_what_is_asked_for_between_an_answer_and_its_record_sees_it(with_two, reopen):
+    later = Caller(request="r1", settles=True)
+    with reopen() as service:
+        catalogue = service._catalogue
+        made = service.snapshot("a", "new", caller=later)
+        assert catalogue._due is not None
+        assert service.get("new") == made
+        assert catalogue._due is None
+        for number, look in enumerate(
+            (
+                lambda: names(service),
+                lambda: service.status().volumes,
+                lambda: service.snapshot("a", "new", caller=later),
+                lambda: service.remove(["new3"]),
+                lambda: service.rename("new4", "other"),
+                lambda: service.create("next", size=MIB, caller=Caller(settles=True)),
+                service.settle,
+            )
+        ):
+            service.snapshot("a", f"new{number}", caller=Caller(request=f"q{number}", settles=True))
+            look()
+            service.settle()
+            assert catalogue.by_id(made.id) is not None
+            assert_agrees(service)
+        kept = {"a", "b", "new", "new0", "new1", "new2", "new5", "new6", "other", "next"}
+        assert names(service) == kept
+
+
+def test_result_that_cannot_be_recorded_yet_is_recorded_later(with_two, reopen, monkeypatch):
+    with reopen() as service:
+        catalogue = service._catalogue
+        made = service.snapshot("a", "new", caller=Caller(request="r1", settles=True))
+
+        def full(_):
+            raise HostSpaceError("full", path="x")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(catalogue, "insert", full)
+            with pytest.raises(HostSpaceError):
+                service.settle()
+            assert service.get("a").name == "a"
+            with pytest.raises(HostSpaceError):
+                service.rename("a", "other")
+        assert service.get("new") == made
+        assert_agrees(service)
 
 
 @pytest.mark.parametrize("step", ["log-emptied", *STEPS])

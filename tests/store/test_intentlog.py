@@ -31,7 +31,7 @@ def entries(path, token=TOKEN):
 def filled(path, payloads, token=TOKEN, first=1):
     log = IntentLog(path, token)
     for number, payload in enumerate(payloads, first):
-        log.write(Entry(number, 1000.0 + number, payload))
+        log.append(Entry(number, 1000.0 + number, payload))
     log.close()
 
 
@@ -52,9 +52,9 @@ def test_writing_begins_again_where_no_more_fits_and_later_numbers_win(tmp_path)
     count = SIZE // BLOCK
     for number in range(1, count + 1):
         assert log.has_room(b"a")
-        log.write(Entry(number, 0.0, b"a"))
+        log.append(Entry(number, 0.0, b"a"))
     assert not log.has_room(b"a")
-    log.write(Entry(count + 1, 0.0, b"b" * 5000))
+    log.append(Entry(count + 1, 0.0, b"b" * 5000))
     log.close()
     found = entries(path)
     assert [number for number, _ in found] == list(range(3, count + 2))

@@ -20,6 +20,8 @@ from thinpool.model import VolumeId
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from thinpool.engine.backend import Awaited
+
 
 class Changes(PoolBase):
     """What lists and changes the set of volumes."""
@@ -32,6 +34,11 @@ class Changes(PoolBase):
             self._refresh()
             found = [self._info(self._known.volumes[each]) for each in sorted(self._known.volumes)]
         return iter(found)
+
+    def has_volume(self, volume_id: VolumeId) -> bool:
+        """Whether there is one of an id."""
+        with self._lock:
+            return volume_id in self._known.volumes
 
     def volume_info(self, volume_id: VolumeId) -> VolumeInfo:
         """One of them."""
@@ -79,10 +86,18 @@ class Changes(PoolBase):
 
     # ---- changes ----------------------------------------------------------------------------
 
-    def apply(self, changes: Sequence[Change], *, expected: int, new: int) -> None:
+    def apply(
+        self,
+        changes: Sequence[Change],
+        *,
+        expected: int,
+        new: int,
+        after: Awaited | None = None,
+    ) -> None:
         """Make all changes, then set the transaction id. Durable on return.
 
         What an error comes after is taken back, deletions aside; what a crash comes after is not.
+        Each change is a commit of the kernel's, so all wait for what they come after.
 
         Raises:
             TransactionIdError: the pool's is not the expected one.
@@ -92,6 +107,8 @@ class Changes(PoolBase):
         with self._lock:
             self._require_ready(expected)
             self._refuse_what_cannot_be(changes)
+            if after is not None:
+                after.wait()
             done: list[Change] = []
             instants: dict[VolumeId, VolumeId] = {}
             try:

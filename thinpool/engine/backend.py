@@ -168,6 +168,18 @@ class VolumeIO(Protocol):
         ...
 
 
+class Awaited(Protocol):
+    """Something that happens meanwhile, and whatever comes of it, happens soon."""
+
+    def fileno(self) -> int:
+        """A descriptor that is readable from when it has happened."""
+        ...
+
+    def wait(self) -> None:
+        """Until it has happened."""
+        ...
+
+
 class PoolBackend(Protocol):
     """An open pool. Thread-safe; every method may block."""
 
@@ -188,8 +200,21 @@ class PoolBackend(Protocol):
         """State and counters."""
         ...
 
-    def apply(self, changes: Sequence[Change], *, expected: int, new: int) -> None:
+    def apply(
+        self,
+        changes: Sequence[Change],
+        *,
+        expected: int,
+        new: int,
+        after: Awaited | None = None,
+    ) -> None:
         """Make all changes or none, together with the transaction id. Durable on return.
+
+        Args:
+            changes: in their order.
+            expected: the transaction id before.
+            new: and after.
+            after: nothing of it becomes durable before this has happened.
 
         Raises:
             TransactionIdError: the pool's is not the expected one.
@@ -208,6 +233,10 @@ class PoolBackend(Protocol):
 
     def volumes(self) -> Iterator[VolumeInfo]:
         """All thin volumes in the order of their ids."""
+        ...
+
+    def has_volume(self, volume_id: VolumeId) -> bool:
+        """Whether there is one of an id."""
         ...
 
     def volume_info(self, volume_id: VolumeId) -> VolumeInfo:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import mmap
     from collections.abc import Callable, Iterator, Sequence
 
+    from thinpool.engine.backend import Awaited
     from thinpool.engine.bdev import BlockDevice
 
 _LIST_BATCH = 1024
@@ -181,15 +182,24 @@ class Pool(Handle):
             check(lib.tp_pool_wait_event(pointer, seen, timeout_ms))
         return int(seen[0])
 
-    def apply(self, changes: Sequence[Change], *, expected: int, new: int) -> None:
+    def apply(
+        self,
+        changes: Sequence[Change],
+        *,
+        expected: int,
+        new: int,
+        after: Awaited | None = None,
+    ) -> None:
         """Make all changes or none, together with the transaction id. Durable on return."""
+        after_fd = after.fileno() if after is not None else -1
         array = ffi.new("struct tp_change[]", len(changes))
         for each, change in zip(array, changes, strict=True):
             each.kind = int(change.kind)
             each.id = change.id
             each.origin = change.origin if change.origin is not None else 0
         with self.in_call() as (pointer, err):
-            check(lib.tp_pool_apply(pointer, array, len(changes), expected, new, err), err)
+            status = lib.tp_pool_apply(pointer, array, len(changes), expected, new, after_fd, err)
+            check(status, err)
 
     def create_volume(self, volume_id: VolumeId) -> None:
         """Make an empty volume; durable after a commit."""
@@ -268,6 +278,16 @@ class Pool(Handle):
             if count[0] < _LIST_BATCH:
                 return
             first = infos[count[0] - 1].id + 1
+
+    def has_volume(self, volume_id: VolumeId) -> bool:
+        """Whether there is one of an id."""
+        info = ffi.new("struct tp_volume_info *")
+        with self.in_call() as (pointer, err):
+            status = lib.tp_pool_get_volume_info(pointer, volume_id, info, err)
+            if status == lib.TP_E_VOLUME_NOT_FOUND:
+                return False
+            check(status, err, volume_id=volume_id)
+        return True
 
     def volume_info(self, volume_id: VolumeId) -> VolumeInfo:
         """What the metadata knows of one volume."""

@@ -263,7 +263,12 @@ class App:
         try:
             self._answer(request)
         finally:
-            self._end_use()
+            try:
+                self._service.settle()
+            except errors.ThinpoolError as error:
+                logger.warning("a result is not recorded yet: %s", error.message)
+            finally:
+                self._end_use()
 
     def _answer(self, request: Request) -> None:
         try:
@@ -386,7 +391,7 @@ def _caller(fields: Mapping[str, str]) -> Caller:
         timeout = float(fields.get(_TIMEOUT_FIELD, "30"))
     except ValueError as cause:
         raise errors.UsageError("the timeout is no number", what="timeout") from cause
-    return Caller(request=fields.get(_REQUEST_FIELD), timeout=timeout)
+    return Caller(request=fields.get(_REQUEST_FIELD), timeout=timeout, settles=True)
 
 
 _TIMEOUT_FIELD: Final = protocol.TIMEOUT_HEADER.lower()

@@ -24,6 +24,7 @@ Thread-safe: one connection behind one lock.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -39,10 +40,11 @@ from thinpool import errors
 from thinpool.engine import VOLUME_ID_MAX, Change, ChangeKind
 from thinpool.model import Consistency, Kind, VolumeId
 from thinpool.store import intentlog
+from thinpool.store.beside import Beside, Running
 from thinpool.store.crashpoint import reached
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from types import TracebackType
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,8 @@ _RESERVE_BYTES: Final = 512 << 10
 _IDS_AT_ONCE: Final = 64
 _KNOWN_MAX: Final = 256
 """Rows of volumes that are kept in memory."""
+_REQUESTS_MAX: Final = 4096
+"""Names of requests in the table that are kept in memory; of more, none are."""
 _LOG: Final = "intent_log"
 _SETTLED: Final = "settled"
 _TRANSACTION: Final = "transaction_id"
@@ -253,13 +257,15 @@ class _Standing:
 
     Attributes:
         intent: it.
-        number: in the log; None of one in the table.
+        number: in the log; None of one that is not there.
         made: seconds since the epoch.
+        in_table: it stands there too, or there alone.
     """
 
     intent: Intent
     number: int | None
     made: float
+    in_table: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,6 +296,10 @@ class Catalogue:
         self._meta: dict[str, str | None] = {}
         self._active: dict[int, ActivationRecord] | None = None
         self._done: dict[str, _Done] = {}
+        self._gap: tuple[int, int] | None = None
+        """Ids of which no row is, as far as that was looked for."""
+        self._beside = Beside("intents")
+        self._due: Intent | None = None
         try:
             self._db = sqlite3.connect(
                 self.path, isolation_level=None, check_same_thread=False, timeout=10.0
@@ -329,6 +339,10 @@ class Catalogue:
                 "thinpool rebuilds it from the pool and the copy of the names beside it",
                 path=self.path,
             ) from cause
+        rows = self._rows("SELECT request FROM requests LIMIT ?", (_REQUESTS_MAX + 1,))
+        self._requests: set[str] | None = None
+        if len(rows) <= _REQUESTS_MAX:
+            self._requests = {row["request"] for row in rows}
         self._log = self._open_log()
         self._standing = self._find_standing()
         self._number = int(self.get(_SETTLED) or 0)
@@ -351,7 +365,7 @@ class Catalogue:
     def _find_standing(self) -> list[_Standing]:
         """What has no result, in the order in which it was decided."""
         standing = [
-            _Standing(intent=_intent_of(row), number=None, made=time.time())
+            _Standing(intent=_intent_of(row), number=None, made=time.time(), in_table=True)
             for row in self._rows("SELECT * FROM intents")
         ]
         settled = int(self.get(_SETTLED) or 0)
@@ -396,6 +410,7 @@ class Catalogue:
                 processes, which a power cut ends. Within another transaction, that one decides.
         """
         with self._lock:
+            self._record_due()
             if self._depth:
                 self._depth += 1
                 try:
@@ -455,6 +470,8 @@ class Catalogue:
     def _rows(self, sql: str, values: Sequence[object] = ()) -> list[sqlite3.Row]:
         try:
             with self._lock:
+                with contextlib.suppress(errors.ThinpoolError):  # whoever writes hears of it
+                    self._record_due()
                 return self._db.execute(sql, values).fetchall()
         except sqlite3.Error as cause:
             raise self._failure(cause) from cause
@@ -465,6 +482,7 @@ class Catalogue:
         self._ids.clear()
         self._meta.clear()
         self._active = None
+        self._gap = None
 
     def _know(self, record: Record) -> Record:
         with self._lock:
@@ -571,6 +589,8 @@ class Catalogue:
         columns = ", ".join(row)
         places = ", ".join(f":{name}" for name in row)
         with self.transaction() as db:
+            if self._gap is not None and self._gap[0] <= record.id <= self._gap[1]:
+                self._gap = (record.id + 1, self._gap[1])
             db.execute(f"INSERT INTO volumes ({columns}) VALUES ({places})", row)  # noqa: S608 - names of our own
 
     def update(self, record: Record, **values: Any) -> Record:  # noqa: ANN401 - each column's own type
@@ -599,8 +619,15 @@ class Catalogue:
         Raises:
             LimitError: at the end, when all 2^24 are in use or were taken.
         """
-        start = int(self.get("next_id") or 0)
-        for first, last in ((start, VOLUME_ID_MAX), (0, start - 1)):
+        start = int(self.get(_NEXT) or 0)
+        with self._lock:
+            known = self._gap
+        if known is not None and known[0] <= start <= known[1]:
+            yield from map(VolumeId, range(start, known[1] + 1))
+            behind = known[1] + 1
+        else:
+            behind = start
+        for first, last in ((behind, VOLUME_ID_MAX), (0, start - 1)):
             yield from self._gaps(first, last)
         raise errors.LimitError("all 16777216 device ids of the pool are in use")
 
@@ -611,11 +638,16 @@ class Catalogue:
                 (first, last, _IDS_AT_ONCE),
             )
             for row in rows:
-                yield from map(VolumeId, range(first, row["id"]))
+                yield from self._free_from(first, row["id"] - 1)
                 first = row["id"] + 1
             if len(rows) < _IDS_AT_ONCE:
-                yield from map(VolumeId, range(first, last + 1))
+                yield from self._free_from(first, last)
                 return
+
+    def _free_from(self, first: int, last: int) -> Iterator[VolumeId]:
+        if first <= last:
+            self._gap = (first, last)
+        yield from map(VolumeId, range(first, last + 1))
 
     # ---- activations ------------------------------------------------------------------------
 
@@ -707,11 +739,13 @@ class Catalogue:
     def intent(self) -> Intent | None:
         """The open one; of several that a power cut left standing, the first."""
         with self._lock:
+            self._record_due()
             return self._standing[0].intent if self._standing else None
 
     def intents(self) -> list[Intent]:
         """All that stand, in the order in which they were decided."""
         with self._lock:
+            self._record_due()
             return [each.intent for each in self._standing]
 
     def write_intent(self, intent: Intent) -> None:
@@ -722,38 +756,86 @@ class Catalogue:
             HostSpaceError, StorageIOError: the host's. What cannot be said to have been written
                 is one that was not done, should it be found.
         """
+        flushing = self.begin_intent(intent)
+        if flushing is not None:
+            flushing.wait()
+            if not flushing.result:
+                self._drop_unflushed()
+
+    def _drop_unflushed(self) -> None:
+        self.drop_intent()
+        raise errors.StorageIOError(
+            f"the catalogue {self.path} cannot be written: an intent could not be flushed",
+            path=self.path,
+        )
+
+    def begin_intent(self, intent: Intent) -> Running | None:
+        """Record what is about to be done to the pool. Survives this process on return.
+
+        Returns:
+            What makes it durable meanwhile: the caller waits for it before it records a result, and
+            lets nothing become durable before it. Its result is whether that worked. None where it
+            is durable on return.
+
+        Raises:
+            BusyError, HostSpaceError, StorageIOError: as write_intent.
+        """
         document = _document_of(intent)
         with self._lock:
+            self._record_due()
             if self._standing:
                 raise errors.BusyError(
                     f"'{self._standing[0].intent.operation}' is under way", holder=None
                 )
             made = time.time()
             payload = json.dumps(document).encode()
-            number = None
-            if self._log is not None and self._log.takes(payload):
-                number = self._write_to_log(self._log, payload, made)
-            else:
-                with self.transaction() as db:
-                    db.execute(
-                        "INSERT INTO intents VALUES "
-                        "(1, :operation, :expected, :new, :changes, :result)",
-                        document,
-                    )
-            self._standing.append(_Standing(intent=intent, number=number, made=made))
+            if self._log is None or not self._log.takes(payload):
+                self._write_to_table(document)
+                self._standing.append(
+                    _Standing(intent=intent, number=None, made=made, in_table=True)
+                )
+                return None
+            log = self._log
+            if not log.has_room(payload):
+                self._empty_log()
+                reached("log-emptied")
+            self._number += 1
+            log.append(intentlog.Entry(self._number, made, payload))
+            self._standing.append(_Standing(intent=intent, number=self._number, made=made))
+            return self._beside.begin(lambda: self._flush_log(log, document))
 
-    def _write_to_log(self, log: intentlog.IntentLog, payload: bytes, made: float) -> int:
-        if not log.has_room(payload):
-            self._empty_log()
-            reached("log-emptied")
-        self._number += 1
-        log.write(intentlog.Entry(self._number, made, payload))
-        return self._number
+    def _write_to_table(self, document: Mapping[str, Any]) -> None:
+        with self.transaction() as db:
+            db.execute(
+                "INSERT INTO intents VALUES (1, :operation, :expected, :new, :changes, :result)",
+                document,
+            )
+
+    def _flush_log(self, log: intentlog.IntentLog, document: Mapping[str, Any]) -> bool:
+        """In the thread beside. Whether the intent is durable, there or in the table."""
+        try:
+            log.flush()
+            reached("intent-flushed")
+        except errors.ThinpoolError as error:
+            logger.warning("%s: it is used no more", error.message)
+            log.close()
+        else:
+            return True
+        try:
+            with self._lock:
+                self._log = None
+                self._write_to_table(document)
+                self._standing[0] = replace(self._standing[0], in_table=True)
+        except errors.ThinpoolError as error:
+            logger.warning("%s", error.message)
+            return False
+        return True
 
     def _empty_log(self) -> None:
         """Make durable here what the log of intents tells, so that it may be written over."""
         with self.transaction() as db:
             self._drop_old_requests(db)
+            self._add_requests(self._done)
             db.executemany(
                 "INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?)",
                 [
@@ -764,16 +846,16 @@ class Catalogue:
             self._put_all({_SETTLED: str(self._number)}, durable=True)
         self._done.clear()
 
-    def complete_intent(self, intent: Intent) -> None:
+    def complete_intent(self, intent: Intent, *, durable: bool = False) -> None:
         """Record that the open one was done, with its result, in one transaction.
 
-        A power cut may take it: the intent stands again then, the pool is at its new transaction
-        or a later one, and the next open records the result. What is written durably later takes
-        it along to the disk.
+        Unless it is to be durable, a power cut may take it: the intent stands again then, the pool
+        is at its new transaction or a later one, and the next open records the result. What is
+        written durably later takes it along to the disk.
         """
         with self._lock:
             standing = self._standing[0]
-            with self.transaction(durable=False) as db:
+            with self.transaction(durable=durable) as db:
                 for volume_id in intent.delete:
                     self.delete(volume_id)
                 for record in intent.insert:
@@ -786,25 +868,53 @@ class Catalogue:
                     values[_NEXT] = str(intent.insert[-1].id + 1)
                 if standing.number is not None:
                     values[_SETTLED] = str(standing.number)
-                else:
+                if standing.in_table:
                     db.execute("DELETE FROM intents")
                     if intent.request is not None:
                         ids = [record.id for record in intent.insert]
                         self.put_request(intent.request, intent.operation, ids)
-                self._put_all(values, durable=False)
-            if standing.number is not None:
+                self._put_all(values, durable=durable)
+            if not standing.in_table:
                 self._remember(intent, standing.made)
             del self._standing[0]
+
+    def leave_result(self, intent: Intent) -> None:
+        """Record the result of the open one, which is durable and was done, before anything else.
+
+        That is, when settle is called, or when something is asked for that is not known in memory.
+        """
+        with self._lock:
+            self._due = intent
+
+    def settle(self) -> bool:
+        """Record the result that was left for later; whether there was one.
+
+        Raises:
+            ThinpoolError: it could not be written. It stays left for later.
+        """
+        with self._lock:
+            return self._record_due()
+
+    def _record_due(self) -> bool:
+        intent, self._due = self._due, None
+        if intent is None:
+            return False
+        try:
+            self.complete_intent(intent)
+        except BaseException:
+            self._due = intent
+            raise
+        return True
 
     def drop_intent(self) -> None:
         """Record that the open one was not done."""
         with self._lock:
-            number = self._standing[0].number
+            standing = self._standing[0]
             with self.transaction() as db:
-                if number is None:
+                if standing.in_table:
                     db.execute("DELETE FROM intents")
-                else:
-                    self._put_all({_SETTLED: str(number)}, durable=True)
+                if standing.number is not None:
+                    self._put_all({_SETTLED: str(standing.number)}, durable=True)
             del self._standing[0]
 
     # ---- requests ---------------------------------------------------------------------------
@@ -814,10 +924,18 @@ class Catalogue:
         now = time.time()
         with self.transaction() as db:
             self._drop_old_requests(db)
+            self._add_requests([request])
             db.execute(
                 "INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?)",
                 (request, operation, json.dumps(list(ids)), now),
             )
+
+    def _add_requests(self, requests: Iterable[str]) -> None:
+        """Before they are written: what is not among these was not."""
+        if self._requests is not None:
+            self._requests.update(requests)
+            if len(self._requests) > _REQUESTS_MAX:
+                self._requests = None
 
     def _drop_old_requests(self, db: sqlite3.Connection) -> None:
         db.execute("DELETE FROM requests WHERE made < ?", (time.time() - REQUEST_AGE_S,))
@@ -825,9 +943,11 @@ class Catalogue:
     def request(self, request: str) -> list[VolumeId] | None:
         """The volumes that came of a request; None when it was not done."""
         with self._lock:
-            done = self._done.get(request)
-        if done is not None:
-            return [VolumeId(each) for each in done.ids]
+            self._record_due()
+            if (done := self._done.get(request)) is not None:
+                return [VolumeId(each) for each in done.ids]
+            if self._requests is not None and request not in self._requests:
+                return None
         rows = self._rows("SELECT ids FROM requests WHERE request = ?", (request,))
         return [VolumeId(each) for each in json.loads(rows[0]["ids"])] if rows else None
 
@@ -836,7 +956,10 @@ class Catalogue:
     def close(self) -> None:
         """Let go."""
         with self._lock:
+            with contextlib.suppress(errors.ThinpoolError):  # its intent stands
+                self._record_due()
             self._db.close()
+            self._beside.close()
             if self._log is not None:
                 self._log.close()
 

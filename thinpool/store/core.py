@@ -71,10 +71,13 @@ class Caller:
     Attributes:
         request: the id of the request, the same when it is asked again.
         timeout: seconds to wait for locks.
+        settles: calls PoolService.settle when it has been answered, so that what is durable by
+            then need not wait for its record.
     """
 
     request: str | None = None
     timeout: float = DEFAULT_TIMEOUT_S
+    settles: bool = False
 
 
 ANYONE: Final = Caller()
@@ -363,6 +366,7 @@ class PoolCore:
         delete: Sequence[VolumeId] = (),
         request: str | None,
         status: engine.PoolStatus | None = None,
+        later: bool = False,
     ) -> None:
         """Intent, change, result. Call with the pool's lock held.
 
@@ -373,6 +377,7 @@ class PoolCore:
             delete: ids of rows to delete then.
             request: what asked for it.
             status: of the pool, where it was asked for since the lock is held.
+            later: the result is recorded with settle, or when it is first needed.
         """
         if self._catalogue.intent() is not None:
             reconcile(self._catalogue, self._pool)
@@ -388,10 +393,14 @@ class PoolCore:
             request=request,
         )
         reached("before-intent")
-        self._catalogue.write_intent(intent)
+        flushing = self._catalogue.begin_intent(intent)
         reached("intent-written")
         try:
-            self._pool.apply(changes, expected=expected, new=intent.new)
+            try:
+                self._pool.apply(changes, expected=expected, new=intent.new, after=flushing)
+            finally:
+                if flushing is not None:
+                    flushing.wait()
         except BaseException:
             # A pool that takes no more changes may have written the commit or not: the intent
             # stays, and the next open tells.
@@ -399,9 +408,22 @@ class PoolCore:
                 settle_intent(self._catalogue, self._pool)
             raise
         reached("applied")
-        self._catalogue.complete_intent(intent)
+        # An intent that could not be made durable leaves it to the result.
+        is_safe = flushing is None or bool(flushing.result)
+        if later and is_safe:
+            self._catalogue.leave_result(intent)
+            self._copy_due.set()
+            return
+        self._catalogue.complete_intent(intent, durable=not is_safe)
         reached("recorded")
         self._names_changed()
+
+    def settle(self) -> None:
+        """Record what was answered before it was recorded."""
+        reached("answered")
+        self._catalogue.settle()
+        if self._copy_due.is_set():
+            self._wake.set()
 
     def _apply_low_water(self) -> None:
         status = self._pool.status()

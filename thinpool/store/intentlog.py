@@ -1,8 +1,9 @@
 """The log of intents: a file of fixed size beside the catalogue; one write makes one durable.
 
 In SQLite the same costs a transaction of several pages. Here it is a single write of a few sectors
-into space that was allocated and written before, past the page cache where the host has O_DIRECT:
-no metadata of the host's filesystem changes with it, and on a full disk it still succeeds.
+into space that was allocated and written before: no metadata of the host's filesystem changes with
+it, and on a full disk it still succeeds. Writing and flushing are two calls, so that a flush can
+run beside what must not become durable before it.
 
 A record is never changed. It stands at a multiple of 4 KiB: its header, JSON, zeros. Records follow
 each other; where the next does not fit, writing begins again at the start, which its user allows
@@ -15,7 +16,6 @@ Not thread-safe.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import mmap
 import os
@@ -83,8 +83,6 @@ class IntentLog:
             raise failure(
                 cause, f"the log of intents {path} cannot be opened", path=str(path)
             ) from cause
-        # Of pages, as direct I/O wants it.
-        self._buffer = mmap.mmap(-1, RECORD_MAX)
         try:
             entries = sorted(self._read(), key=lambda each: each[1].sequence)
         except OSError as cause:
@@ -119,8 +117,8 @@ class IntentLog:
         """Whether the next record follows the last; else it goes over the first ones."""
         return self._next + _blocks_of(payload) <= _BLOCKS
 
-    def write(self, entry: Entry) -> None:
-        """Write a record; durable on return.
+    def append(self, entry: Entry) -> None:
+        """Write a record. Survives this process on return, and a power cut after a flush.
 
         Raises:
             HostSpaceError, StorageIOError: the host's; it may stand there nevertheless.
@@ -133,10 +131,10 @@ class IntentLog:
         )[_CHECKED:]
         crc = zlib.crc32(entry.payload, zlib.crc32(checked))
         record = _MAGIC + struct.pack("<I", crc) + checked + entry.payload
-        self._buffer[: blocks * _BLOCK] = record.ljust(blocks * _BLOCK, b"\0")
         try:
-            with memoryview(self._buffer) as view, view[: blocks * _BLOCK] as part:
-                written = os.pwrite(self._fd, part, self._next * _BLOCK)
+            # Whole blocks: none has to be read for it.
+            padded = record.ljust(blocks * _BLOCK, b"\0")
+            written = os.pwrite(self._fd, padded, self._next * _BLOCK)
             if written != blocks * _BLOCK:
                 raise OSError(errno.EIO, f"{written} of {blocks * _BLOCK} bytes were written")  # noqa: TRY301 - one way out
         except OSError as cause:
@@ -145,10 +143,23 @@ class IntentLog:
             ) from cause
         self._next += blocks
 
+    def flush(self) -> None:
+        """Make durable what was written.
+
+        Raises:
+            HostSpaceError, StorageIOError: the host's; what was written last may be lost, and the
+                log is to be used no more.
+        """
+        try:
+            os.fdatasync(self._fd)
+        except OSError as cause:
+            raise failure(
+                cause, f"the log of intents {self._path} cannot be flushed", path=str(self._path)
+            ) from cause
+
     def close(self) -> None:
         """Let go."""
         os.close(self._fd)
-        self._buffer.close()
 
 
 def _blocks_of(payload: bytes) -> int:
@@ -169,15 +180,12 @@ def _parse(data: bytes, token: bytes) -> Entry | None:
 
 
 def _open(path: Path) -> int:
-    """A descriptor whose writes are durable when they return, made if need be."""
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_DSYNC
+    """A descriptor, of a file that is made if need be."""
     if not path.exists():
         _make(path)
     elif path.stat().st_size < SIZE:
         _fill(path)
-    with contextlib.suppress(OSError):  # not on every filesystem
-        return os.open(path, flags | os.O_DIRECT)
-    return os.open(path, flags)
+    return os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
 
 def _make(path: Path) -> None:

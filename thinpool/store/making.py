@@ -106,7 +106,14 @@ class Making(Leases):
             status = self._pool.status()
             space.guard(self._config, status)
             change = Change(kind=ChangeKind.CREATE, id=record.id)
-            self._apply("create", [change], insert=[record], request=caller.request, status=status)
+            self._apply(
+                "create",
+                [change],
+                insert=[record],
+                request=caller.request,
+                status=status,
+                later=caller.settles,
+            )
         return self._volume(record)
 
     def _check_origin(self, name: str | None, labels: Mapping[str, str]) -> None:
@@ -258,7 +265,14 @@ class Making(Leases):
                 Change(kind=ChangeKind.SNAPSHOT, id=record.id, origin=origin.id)
                 for record in records
             ]
-            self._apply("snapshot", changes, insert=records, request=caller.request, status=status)
+            self._apply(
+                "snapshot",
+                changes,
+                insert=records,
+                request=caller.request,
+                status=status,
+                later=caller.settles,
+            )
             if how != "crash" and not still():  # thawed before it was done
                 with self._catalogue.transaction():
                     records = [
@@ -364,9 +378,7 @@ class Making(Leases):
         """Ids that neither the catalogue nor the pool has."""
         found: list[VolumeId] = []
         for candidate in self._catalogue.free_ids():
-            try:
-                self._pool.volume_info(candidate)
-            except errors.NotFoundError:
+            if not self._pool.has_volume(candidate):
                 found.append(candidate)
                 if len(found) == count:
                     break

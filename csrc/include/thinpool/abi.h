@@ -364,9 +364,12 @@ void tp_pool_get_status(struct tp_pool *pool, struct tp_pool_status *status_ret)
 int tp_pool_wait_event(struct tp_pool *pool, uint64_t *sequence, uint32_t timeout_ms);
 
 /* All changes or none, together with the transaction id, in one commit; durable on return.
- * expected must be the current id (else TP_E_TRANSACTION_ID). Origins' writers are drained here. */
+ * expected must be the current id (else TP_E_TRANSACTION_ID). Origins' writers are drained here.
+ * after_fd: the superblock that makes them durable is not written before this descriptor is
+ * readable (poll's POLLIN; it is not read), whoever leads the commit; -1 for none. It stays the
+ * caller's, who keeps it open until the call returns and sees to it that it becomes readable. */
 int tp_pool_apply(struct tp_pool *pool, const struct tp_change *changes, size_t nr_changes,
-		  uint64_t expected_transaction_id, uint64_t new_transaction_id,
+		  uint64_t expected_transaction_id, uint64_t new_transaction_id, int32_t after_fd,
 		  struct tp_error *err);
 /* The single steps, durable only after tp_pool_commit. */
 int tp_volume_create(struct tp_pool *pool, uint32_t id, struct tp_error *err);

@@ -11,14 +11,15 @@
  *   1. tp_md_seal     close the transaction (lock held);
  *   2. tp_md_write_blocks      new blocks, to which nothing durable refers yet;
  *   3. flush the data device (the caller's business; the disk has something to do meanwhile);
- *   4. tp_md_write_superblock  flush, superblock, flush;
- *   5. tp_md_finish   freed blocks become allocatable (lock held).
+ *   4. tp_md_flush_blocks;
+ *   5. tp_md_write_superblock  superblock, flush;
+ *   6. tp_md_finish   freed blocks become allocatable (lock held).
  * The superblock is one sector of change and the last thing written: a crash before it leaves the
  * transaction before, whole.
  *
- * Not thread-safe but for tp_md_write_*(): the caller holds the metadata lock. After a function
- * failed with anything but the statuses its comment names, the in-memory state may not be committed
- * any more; the caller turns the pool read-only.
+ * Not thread-safe but for steps 2 to 5: the caller holds the metadata lock. After a function failed
+ * with anything but the statuses its comment names, the in-memory state may not be committed any
+ * more; the caller turns the pool read-only.
  */
 #ifndef THINPOOL_METADATA_H
 #define THINPOOL_METADATA_H
@@ -138,7 +139,8 @@ int tp_md_release_snapshot(struct tp_metadata *md, struct tp_error *err);
 
 int tp_md_seal(struct tp_metadata *md, struct tp_error *err);
 int tp_md_write_blocks(struct tp_metadata *md, struct tp_error *err);
-/* Two flushes. When it fails, the superblock may or may not have been written. */
+int tp_md_flush_blocks(struct tp_metadata *md, struct tp_error *err);
+/* When it fails, the superblock may or may not have been written. */
 int tp_md_write_superblock(struct tp_metadata *md, struct tp_error *err);
 void tp_md_finish(struct tp_metadata *md, struct tp_run_list *freed);
 /* Set or clear needs_check in the committed superblock, changing nothing else; durable. */
