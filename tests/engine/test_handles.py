@@ -10,6 +10,7 @@ import warnings
 import pytest
 
 from thinpool import errors
+from thinpool._native import ffi
 from thinpool.engine import (
     BlockDevice,
     Change,
@@ -24,6 +25,7 @@ from thinpool.engine import (
     PoolOptions,
     format_pool,
 )
+from thinpool.engine.pool import _INFO
 from thinpool.model import VolumeId
 
 BLOCK = 64 << 10
@@ -279,3 +281,35 @@ def test_metadata_that_is_none_is_refused(fill, kind):
         metadata.write(0, fill * 4096)
         with pytest.raises(kind):
             Pool.open(metadata, data)
+
+
+def test_all_volumes_are_told_as_each_is_by_itself(tmp_path):
+    """Of more than one batch, and with values that differ in every field."""
+    assert _INFO.size == ffi.sizeof("struct tp_volume_info")
+    fields = ("id", "creation_time", "snapshotted_time", "open", "mapped_blocks", "transaction_id")
+    found = [ffi.offsetof("struct tp_volume_info", name) for name in fields]
+    assert found == [0, 4, 8, 12, 16, 24]
+    with (
+        BlockDevice.open_file(tmp_path / "m", create_size=8 << 20) as metadata,
+        BlockDevice.open_file(tmp_path / "d", create_size=16 * BLOCK) as data,
+    ):
+        format_pool(metadata, block_size=BLOCK, data_blocks=16)
+        with Pool.open(metadata, data) as pool:
+            pool.create_volume(VolumeId(3))
+            with pool.open_volume(VolumeId(3), size=16 * BLOCK) as volume:
+                volume.write(0, bytes(5 * BLOCK))
+                for first in range(10, 2110, 700):
+                    changes = [
+                        Change(kind=ChangeKind.SNAPSHOT, id=VolumeId(each), origin=VolumeId(3))
+                        for each in range(first, first + 700)
+                    ]
+                    now = pool.status().transaction_id
+                    pool.apply(changes, expected=now, new=now + 1)
+                    volume.write((5 + first // 700) * BLOCK, b"x")
+                infos = list(pool.volumes())
+                assert len(infos) == 2101
+                assert infos == [pool.volume_info(each.id) for each in infos]
+                assert pool.mapped_blocks() == {each.id: each.mapped_blocks for each in infos}
+                assert len({each.mapped_blocks for each in infos}) > 2
+                assert pool.has_volume(VolumeId(3))
+                assert not pool.has_volume(VolumeId(4))

@@ -4,8 +4,11 @@ import pytest
 
 from thinpool import errors
 from thinpool.check import check_metadata
-from thinpool.engine import PoolMode
+from thinpool.engine import Change, ChangeKind, PoolMode
+from thinpool.server.operations import OPERATIONS, Arguments
+from thinpool.store.core import ANYONE
 from thinpool.store.making import SNAPSHOTS_MAX
+from thinpool.store.reconcile import reconcile
 
 MIB = 1 << 20
 
@@ -85,3 +88,24 @@ def test_several_are_described_in_the_order_asked(origin):
     assert [volume.name for volume in origin.get_many(["y", "a", "z"])] == ["y", "a", "z"]
     with pytest.raises(errors.NotFoundError):
         origin.get_many(["y", "nope"])
+
+
+def test_a_list_as_documents_says_what_each_volume_says_of_itself(origin):
+    origin.snapshot("a", "image", read_only=True, labels={"k": 'v "\u00e4"'})
+    origin.snapshot("image", "c")
+    origin.snapshot_many("c", ["d", "e"])
+    origin.open_lease("l")
+    hidden = origin.create(None, size=MIB, lease="l")
+    origin.snapshot(hidden.name, "of-hidden", lease="l")
+    lost = origin.create("lost", size=MIB, filesystem="ext4")
+    origin.remove(["c"])
+    now = origin._pool.status().transaction_id
+    delete = Change(kind=ChangeKind.DELETE, id=lost.id)
+    origin._pool.apply([delete], expected=now, new=now)
+    reconcile(origin._catalogue, origin._pool)
+    wanted = [volume.to_json() for volume in origin.volumes()]
+    assert {each["state"] for each in wanted} == {"ready", "missing"}
+    assert origin.documents() == wanted
+    assert OPERATIONS["list"](origin, Arguments({}), ANYONE) == wanted
+    alone = OPERATIONS["list"](origin, Arguments({"exclusive": True}), ANYONE)
+    assert all(each["exclusive"] is not None for each in alone if each["state"] == "ready")

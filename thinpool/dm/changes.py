@@ -35,6 +35,10 @@ class Changes(PoolBase):
             found = [self._info(self._known.volumes[each]) for each in sorted(self._known.volumes)]
         return iter(found)
 
+    def mapped_blocks(self) -> dict[VolumeId, int]:
+        """How many blocks each volume maps, by id, in the order of their ids."""
+        return {info.id: info.mapped_blocks for info in self.volumes()}
+
     def has_volume(self, volume_id: VolumeId) -> bool:
         """Whether there is one of an id."""
         with self._lock:

@@ -235,6 +235,10 @@ class PoolBackend(Protocol):
         """All thin volumes in the order of their ids."""
         ...
 
+    def mapped_blocks(self) -> dict[VolumeId, int]:
+        """How many blocks each volume maps, by id, in the order of their ids; quick for many."""
+        ...
+
     def has_volume(self, volume_id: VolumeId) -> bool:
         """Whether there is one of an id."""
         ...

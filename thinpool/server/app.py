@@ -8,6 +8,7 @@ and nothing is active, open or being built.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -362,6 +363,9 @@ def serve(context: WorkerContext) -> None:
     """Serve a pool until it is not used any more, or is told to stop."""
     with context.listen:
         service = make_service(context)
+        # What is there now stays: collections need not look at it again.
+        gc.collect()
+        gc.freeze()
         try:
             app = App(service, context.listen, linger=context.linger, stopping=context.stopping)
             app.run(context.link.serving)

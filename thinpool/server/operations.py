@@ -111,7 +111,9 @@ def _status(service: PoolService, _: Arguments, __: Caller) -> Json:
 
 
 def _list(service: PoolService, given: Arguments, _: Caller) -> list[Json]:
-    return [each.to_json() for each in service.volumes(exclusive=given.flag("exclusive"))]
+    if not given.flag("exclusive"):
+        return service.documents()
+    return [each.to_json() for each in service.volumes(exclusive=True)]
 
 
 def _get(service: PoolService, given: Arguments, _: Caller) -> Json:

@@ -547,6 +547,10 @@ class Catalogue:
         rows = self._rows(f"SELECT * FROM volumes WHERE {where} ORDER BY id", values)  # noqa: S608 - text of our own
         return [_record(row) for row in rows]
 
+    def rows(self) -> list[sqlite3.Row]:
+        """All as they stand in the table, labels as JSON, in the order of their ids."""
+        return self._rows("SELECT * FROM volumes ORDER BY id")
+
     def states(self) -> dict[VolumeId, str]:
         """The states of all, by their ids and in their order."""
         rows = self._rows("SELECT id, state FROM volumes ORDER BY id")

@@ -10,11 +10,12 @@ pool and the catalogue, never while a device is made.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import threading
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from thinpool import errors
 from thinpool.engine import SECTOR, Change, ChangeKind, PoolMode
@@ -42,6 +43,7 @@ from thinpool.store.reconcile import reconcile, settle_intent
 from thinpool.store.volumes import OpenVolumes
 
 if TYPE_CHECKING:
+    import sqlite3
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
@@ -60,6 +62,7 @@ _BIG_DELETE_BLOCKS: Final = 1 << 17
 DEFAULT_TIMEOUT_S: Final = 30.0
 HIDDEN: Final = "."
 HELD_KEY: Final = "metadata_snapshot"
+_LISTED: Final = frozenset({READY, MISSING})
 LEAVING: Final = "leaving"
 """A setting of activations whose device goes when its last user lets go of it."""
 
@@ -186,7 +189,7 @@ class PoolCore:
         everything = self._catalogue.records()
         names = {record.id: record.name for record in everything}
         records = [record for record in everything if record.state in {READY, MISSING}]
-        mapped = {info.id: info.mapped_blocks for info in self._pool.volumes()}
+        mapped = self._pool.mapped_blocks()
         devices = self._devices.find_all(records)
         mounts = self._devices.all_mounts() if devices else {}
         there = [record.id for record in records if record.state != MISSING]
@@ -202,6 +205,47 @@ class PoolCore:
             )
             for record in records
         ]
+
+    def documents(self) -> list[dict[str, Any]]:
+        """Every volume as ``Volume.to_json`` has it; of a hundred thousand, in good time."""
+        rows = self._catalogue.rows()
+        names = {row["id"]: row["name"] for row in rows}
+        mapped = self._pool.mapped_blocks()
+        found = [self._catalogue.by_id(each.id) for each in self._catalogue.activations()]
+        active = [record for record in found if record is not None]
+        mounts = self._devices.all_mounts() if active else {}
+        described = {
+            volume.id: volume.to_json() for volume in self._describe_all(active, mounts=mounts)
+        }
+        return [
+            described.get(row["id"]) or self._document(row, names=names, mapped=mapped)
+            for row in rows
+            if row["state"] in _LISTED
+        ]
+
+    def _document(
+        self, row: sqlite3.Row, *, names: Mapping[int, str], mapped: Mapping[VolumeId, int]
+    ) -> dict[str, Any]:
+        """Describe a volume that is not active."""
+        parent = names.get(row["parent"])
+        return {
+            "pool": self._config.name,
+            "name": row["name"],
+            "id": row["id"],
+            "kind": row["kind"],
+            "parent": None if parent is not None and parent.startswith(HIDDEN) else parent,
+            "size": row["size"],
+            "mapped": mapped.get(row["id"], 0) * self._config.block_size,
+            "exclusive": None,
+            "read_only": bool(row["read_only"]),
+            "created": row["created"],
+            "device": None,
+            "mounts": [],
+            "filesystem": row["filesystem"],
+            "consistency": row["consistency"],
+            "labels": json.loads(row["labels"]),
+            "state": row["state"],
+        }
 
     def get(self, name: str) -> Volume:
         """One volume.

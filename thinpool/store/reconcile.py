@@ -39,7 +39,7 @@ from thinpool.store.catalogue import BUILDING, DELETING, MISSING, READY, Record
 from thinpool.store.crashpoint import reached
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Container, Mapping
 
     from thinpool.engine import PoolBackend, VolumeInfo
     from thinpool.model import VolumeId
@@ -84,10 +84,10 @@ def reconcile(
                     "other metadata was put in its place",
                 )
             )
-        in_pool = {info.id: info for info in pool.volumes()}
+        in_pool = pool.mapped_blocks()
         states = catalogue.states()
         _settle_missing(catalogue, states, in_pool, findings)
-        strangers = [info for info in in_pool.values() if info.id not in states]
+        strangers = [pool.volume_info(each) for each in in_pool if each not in states]
     # Looking at strangers reads the disk: not within a transaction of the catalogue.
     names = known() if known is not None and strangers else {}
     adopted = [_adopt(catalogue, pool, info, status.data_block_size, names) for info in strangers]
@@ -200,7 +200,7 @@ def _mend(half: _Half, intent: Intent, catalogue: Catalogue, pool: PoolBackend) 
 def _settle_missing(
     catalogue: Catalogue,
     states: Mapping[VolumeId, str],
-    in_pool: Mapping[VolumeId, VolumeInfo],
+    in_pool: Container[VolumeId],
     findings: list[Finding],
 ) -> None:
     for volume_id, state in states.items():
