@@ -3,12 +3,12 @@
  * Makes metadata to measure checkers with, through the engine's own trees but without any data.
  *
  * Usage: bench_metadata FILE fragmented NR_DEVICES NR_MAPPINGS
- *        bench_metadata FILE clustered|scattered NR_MAPPINGS NR_CHANGED
+ *        bench_metadata FILE clustered|scattered|stretches-LENGTH NR_MAPPINGS NR_CHANGED
  *
  * fragmented: devices 1 to NR_DEVICES hold NR_MAPPINGS together, made in random order of device and
  * virtual block, so that hardly any mapping continues its neighbour's.
- * clustered, scattered: device 1 holds NR_MAPPINGS in order, device 2 is a snapshot of it in which
- * sharing was broken in NR_CHANGED places: in stretches of 100, or one by one at random.
+ * The others: device 1 holds NR_MAPPINGS in order, device 2 is a snapshot of it in which sharing was
+ * broken in NR_CHANGED places: in stretches of 100, one by one at random, or in stretches of LENGTH.
  */
 #include "pool_private.h"
 
@@ -83,9 +83,10 @@ static void fragmented(struct tp_pool *pool, uint32_t nr_devices, uint32_t nr_ma
 	free(order);
 }
 
-static void changed(struct tp_pool *pool, int clustered, uint32_t nr_mappings, uint32_t nr_changed)
+static void changed(struct tp_pool *pool, uint32_t stretch, uint32_t nr_mappings,
+		    uint32_t nr_changed)
 {
-	uint32_t stretch = clustered ? STRETCH : 1, nr_stretches = nr_mappings / stretch;
+	uint32_t nr_stretches = nr_mappings / stretch;
 	struct tp_volume *volume;
 	uint64_t state = 1;
 	uint32_t *order;
@@ -106,19 +107,34 @@ static void changed(struct tp_pool *pool, int clustered, uint32_t nr_mappings, u
 	free(order);
 }
 
+/* Blocks in a stretch; 0: no such kind. */
+static uint32_t stretch_of(const char *kind)
+{
+	static const char prefix[] = "stretches-";
+
+	if (!strcmp(kind, "clustered"))
+		return STRETCH;
+	if (!strcmp(kind, "scattered"))
+		return 1;
+	if (strncmp(kind, prefix, sizeof(prefix) - 1))
+		return 0;
+	return (uint32_t)strtoul(kind + sizeof(prefix) - 1, NULL, 10);
+}
+
 int main(int argc, char **argv)
 {
 	struct tp_pool_options options = { .error_if_no_space = 1 };
 	uint32_t first = argc == 5 ? (uint32_t)strtoul(argv[3], NULL, 10) : 0;
 	uint32_t second = argc == 5 ? (uint32_t)strtoul(argv[4], NULL, 10) : 0;
+	uint32_t stretch = argc == 5 ? stretch_of(argv[2]) : 0;
 	struct tp_bdev *metadata, *data;
 	uint32_t nr_mappings;
 	struct tp_pool *pool;
 
-	if (!first || !second) {
-		fprintf(stderr,
-			"usage: bench_metadata FILE fragmented NR_DEVICES NR_MAPPINGS\n"
-			"       bench_metadata FILE clustered|scattered NR_MAPPINGS NR_CHANGED\n");
+	if (!first || !second || (strcmp(argv[2], "fragmented") && (!stretch || stretch > first))) {
+		fprintf(stderr, "usage: bench_metadata FILE fragmented NR_DEVICES NR_MAPPINGS\n"
+				"       bench_metadata FILE clustered|scattered|stretches-LENGTH "
+				"NR_MAPPINGS NR_CHANGED\n");
 		return 2;
 	}
 	nr_mappings = strcmp(argv[2], "fragmented") ? first + second : second;
@@ -131,7 +147,7 @@ int main(int argc, char **argv)
 	if (!strcmp(argv[2], "fragmented"))
 		fragmented(pool, first, second);
 	else
-		changed(pool, !strcmp(argv[2], "clustered"), first, second);
+		changed(pool, stretch, first, second);
 	TP_ASSERT(!tp_pool_close(pool, NULL));
 	tp_bdev_close(metadata);
 	tp_bdev_close(data);

@@ -407,7 +407,13 @@ MARKS: Final = (
             find=_checker("delta", mappings=1_000_000, changed=kind),
             least=100 if kind == "clustered" else None,
         )
-        for kind in ("clustered", "scattered")
+        for kind in (
+            "clustered",
+            "scattered",
+            "in one stretch",
+            "in ten stretches",
+            "in stretches of ten blocks",
+        )
     ),
     Mark(
         what="removing 20 volumes of 1 GiB: blocks allocatable again",

@@ -30,6 +30,14 @@ if TYPE_CHECKING:
 DEVICES: Final = 8
 THREADS: Final = 2
 OURS: Final = "thinpool"
+CHANGED: Final = {
+    "clustered": "clustered",
+    "scattered": "scattered",
+    "in one stretch": "stretches-{all}",
+    "in ten stretches": "stretches-{tenth}",
+    "in stretches of ten blocks": "stretches-10",
+}
+"""What the 1 % are called, and what the program that makes them calls it."""
 _CALLS: Final = 3
 """In one process, of which the middle one counts: none finds a page of another in memory."""
 _SECONDS: Final = 300
@@ -86,24 +94,29 @@ def run(context: Context) -> None:
                     _theirs(context, "thin_check", [str(path)], path),
                 ]
                 _measure(context, "check", subjects, mappings=mappings, devices=DEVICES)
-    for kind in ("clustered", "scattered"):
-        with context.case(f"delta of {million} mappings, 1 % {kind}", needs=12) as go:
+    for changed, kind in CHANGED.items():
+        with context.case(f"delta of {million} mappings, 1 % {changed}", needs=12) as go:
             if go:
-                path = _made(context, kind, million, million // 100)
+                path = _made(
+                    context,
+                    kind.format(all=million // 100, tenth=million // 1000),
+                    million,
+                    million // 100,
+                )
                 if path is not None:
                     arguments = ["--thin1", "1", "--thin2", "2", str(path)]
                     subjects = [
                         _ours("delta", path, million // 100),
                         _theirs(context, "thin_delta", arguments, path),
                     ]
-                    _measure(context, "delta", subjects, mappings=million, changed=kind)
+                    _measure(context, "delta", subjects, mappings=million, changed=changed)
     context.results.note(
         f"check and delta: {THREADS} threads, O_DIRECT on both sides, the host's caches dropped "
         "before each; thin_check 0.9 checks no counts of data blocks, ours does"
     )
     context.results.note(
-        "delta: the 1 % lie in stretches of 100 blocks (clustered), or one by one (scattered), "
-        "where hardly a subtree is shared"
+        "delta: the 1 % lie in stretches of 100 blocks (clustered), one by one (scattered), where "
+        "hardly a subtree is shared, or as it says"
     )
 
 
