@@ -147,12 +147,23 @@ static bool ring_open(struct io_uring *ring)
 	return !io_uring_queue_init(SMALL_FLYING, ring, 0);
 }
 
+/* Never given twice, as pthread_self and gettid are once a thread has ended. */
+static uint64_t thread_number(void)
+{
+	static _Atomic uint64_t last;
+	static _Thread_local uint64_t number;
+
+	if (!number)
+		number = atomic_fetch_add_explicit(&last, 1, memory_order_relaxed) + 1;
+	return number;
+}
+
 static bool ring_ready(struct tp_walk_reader *reader, struct tp_walk_lane *lane)
 {
-	pthread_t self = pthread_self();
+	uint64_t self = thread_number();
 
 	/* The first lane is the caller's, which may be another thread than the last time. */
-	if (lane->state == TP_RING_READY && !pthread_equal(lane->owner, self)) {
+	if (lane->state == TP_RING_READY && lane->owner != self) {
 		io_uring_queue_exit(&lane->ring);
 		lane->state = TP_RING_UNTRIED;
 	}

@@ -22,7 +22,7 @@
 /* What one thread reads with. */
 struct tp_walk_lane {
 	struct io_uring ring;
-	pthread_t owner; /* of the ring: the kernel lets no other thread submit */
+	uint64_t owner; /* of the ring: the kernel lets no other thread submit */
 	enum {
 		TP_RING_UNTRIED,
 		TP_RING_READY,

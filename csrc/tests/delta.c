@@ -18,9 +18,9 @@
 #include "thinpool/abi.h"
 
 #define BLOCK       65536u
-#define NR_MAPPINGS 900000u /* more than 4,096 leaves, at 169 in each */
+#define NR_MAPPINGS 1500000u /* three windows of 4,096 leaves, at 169 in each */
 #define NR_BLOCKS   (2u * NR_MAPPINGS)
-#define MD_BLOCKS   40000u
+#define MD_BLOCKS   60000u
 #define RUNS        1000u
 
 static struct tp_volume *opened(struct tp_pool *pool, uint32_t id)
