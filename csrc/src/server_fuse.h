@@ -187,6 +187,23 @@ void tp_fuse_pool_statfs(struct tp_pool *pool, struct fuse_kstatfs *out);
 int tp_fuse_linear_open(const char *path, uint32_t read_only, void **target_ret, int *fd_ret,
 			struct tp_error *err);
 
+/* ---- how to wait: server_fuse_spin.c ---- */
+
+/* Of one thread. A zeroed one is ready. */
+struct tp_fuse_spin {
+	int64_t last_ns;   /* when the last request began; 0: another came in between */
+	int64_t ns[2];     /* from one to the next, about: asleep, and looking */
+	uint32_t nr[2];    /* samples of each, up to what is enough */
+	uint32_t requests; /* seen */
+	uint32_t in_a_row; /* since the way changed */
+	bool looks;
+};
+
+/* A request begins that came alone. Whether to look, rather than sleep, until the next begins. */
+bool tp_fuse_spin_next(struct tp_fuse_spin *spin, int64_t now_ns);
+/* The time since the last request says nothing. */
+void tp_fuse_spin_interrupt(struct tp_fuse_spin *spin);
+
 /* ---- threads: server_fuse.c, server_fuse_data.c, server_fuse_work.c ---- */
 
 enum work_kind {
@@ -239,6 +256,7 @@ struct tp_fuse_server {
 	int fuse_fds[FUSE_MAX_FDS];
 	int64_t start_time; /* seconds: the times of all files */
 	_Atomic uint32_t next_fd_key;
+	_Atomic uint32_t crowded; /* requests overlap: all data threads take them, else the first */
 	_Atomic uint32_t stopping;
 	_Atomic uint32_t disconnected; /* the kernel ended the connection */
 	_Atomic uint32_t running;

@@ -1,15 +1,21 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Data threads: read requests, start asynchronous I/O for those that can be resolved without
  * blocking, answer them as they complete. A data thread never blocks but in one place, await(),
- * and there without a timeout unless there is memory to give back. */
+ * and there without a timeout unless there is memory to give back.
+ *
+ * Requests that come one by one are all the first thread's, so that they wake no other processor.
+ * It takes them with the fewest system calls: one reads, one starts the I/O and asks for the next
+ * request, one answers. Once requests overlap all threads take them, in batches. */
 #include "server_fuse.h"
 #include "thinpool/error.h"
 
 #include <errno.h>
 #include <liburing.h>
 #include <poll.h>
+#include <sched.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <time.h>
 #include <unistd.h>
 
 #define SQ_ENTRIES 512u
@@ -18,7 +24,11 @@
 /* Slots that stay in memory when idle: the next burst need not fault them in. */
 #define RESIDENT_AT_REST 4u
 #define NR_POLLS         2u
-#define NR_FIXED         16u /* files that the ring knows by number */
+#define NR_FIXED         16u      /* files that the ring knows by number */
+#define ONE_BY_ONE       64u      /* so many in a row, and others are not expected any more */
+#define LOOKS            64u      /* at the ring, before others get the processor for a moment */
+#define LOOK_DISK_NS     300000ll /* the longest look for an I/O's end */
+#define LOOK_NEXT_NS     100000ll /* and for the request that follows the answer */
 
 /* user_data is a slot, or one of these. */
 #define TAG_FUSE  1u
@@ -32,10 +42,16 @@ struct data_state {
 	bool fuse_armed, event_armed; /* a poll is out */
 	bool readable;                /* worth trying to read */
 	bool starved;                 /* no slot was free */
-	bool touched;                 /* there may be memory to give back */
-	uint32_t pending;             /* parts of I/O out in the ring */
-	struct slot *landing;         /* what the next request is read into */
-	uint32_t fixed[NR_FIXED];     /* fd_key by number */
+	bool shows_work;              /* the ring has a flag for completions that wait */
+	bool alone;                   /* requests come one by one: each is waited for */
+	uint32_t in_a_row;            /* batches of one */
+	int64_t look_until_ns;        /* what comes next is looked for; 0: it is slept for */
+	struct tp_fuse_spin spin;
+	bool touched;             /* there may be memory to give back */
+	uint32_t pending;         /* parts of I/O out in the ring */
+	uint32_t out;             /* requests that they belong to */
+	struct slot *landing;     /* what the next request is read into */
+	uint32_t fixed[NR_FIXED]; /* fd_key by number */
 	uint32_t nr_fixed;
 };
 
@@ -58,19 +74,25 @@ void tp_fuse_data_wake_all(struct tp_fuse_server *server)
 		tp_fuse_data_wake(&server->data[i]);
 }
 
+static bool is_crowded(const struct data_state *state)
+{
+	return atomic_load_explicit(&state->server->crowded, memory_order_relaxed);
+}
+
 /* ---- the ring ---- */
 
 static void open_ring(struct data_state *state)
 {
 	struct io_uring_params params = {
 		.flags = IORING_SETUP_CQSIZE | IORING_SETUP_SINGLE_ISSUER |
-			 IORING_SETUP_DEFER_TASKRUN,
+			 IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG,
 		.cq_entries = CQ_ENTRIES,
 	};
 
 	if (state->server->options.no_io_uring)
 		return;
 	state->has_ring = io_uring_queue_init_params(SQ_ENTRIES, &state->ring, &params) == 0;
+	state->shows_work = state->has_ring;
 	if (!state->has_ring) {
 		/* Kernels before 6.1 lack the two. */
 		params = (struct io_uring_params){ .flags = IORING_SETUP_CQSIZE,
@@ -155,8 +177,30 @@ static void finish_io(struct data_state *state, struct slot *slot)
 		count(&state->thread->counters.read_bytes, slot->length);
 		tp_fuse_reply(server, slot, 0, slot->data, slot->length);
 	}
-	/* Who had it answered often sends the next at once. */
-	state->readable = true;
+	/* One by one, the poll tells of the next. */
+	state->readable |= !state->alone;
+}
+
+static int64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * 1000000000ll + now.tv_nsec;
+}
+
+/* A request that came alone has its I/O started. */
+static void begin_alone(struct data_state *state)
+{
+	int64_t now = now_ns();
+
+	state->look_until_ns = tp_fuse_spin_next(&state->spin, now) ? now + LOOK_DISK_NS : 0;
+}
+
+static void not_alone(struct data_state *state)
+{
+	tp_fuse_spin_interrupt(&state->spin);
+	state->look_until_ns = 0;
 }
 
 static void start_io(struct data_state *state, struct slot *slot)
@@ -199,8 +243,15 @@ static void start_io(struct data_state *state, struct slot *slot)
 		data += extent->length;
 	}
 	TP_ASSERT(data == slot->data + slot->length);
-	if (!slot->pending)
+	if (!slot->pending) {
 		finish_io(state, slot);
+		return;
+	}
+	state->out++;
+	if (state->alone && state->shows_work && state->out == 1 && !is_crowded(state))
+		begin_alone(state);
+	else
+		not_alone(state);
 }
 
 /* A short transfer shows in the sum only: parts of one request differ in length. */
@@ -213,6 +264,10 @@ static void complete(struct data_state *state, struct slot *slot, int result)
 		slot->transferred += (uint32_t)result;
 	if (--slot->pending)
 		return;
+	state->out--;
+	/* Who had this answered often sends the next at once. */
+	if (state->look_until_ns)
+		state->look_until_ns = now_ns() + LOOK_NEXT_NS;
 	if (slot->transferred != slot->expected)
 		slot->failed = true;
 	finish_io(state, slot);
@@ -280,6 +335,9 @@ static uint32_t read_requests(struct data_state *state)
 			state->landing = NULL;
 			handle(state, slot, (size_t)length);
 			n++;
+			/* The poll that goes with its I/O tells whether there are more. */
+			if (state->alone)
+				state->readable = false;
 		} else if (length < 0 && errno == EAGAIN) {
 			state->readable = false;
 		} else if (length == 0 || (errno != EINTR && errno != ENOENT && errno != EIO)) {
@@ -346,8 +404,10 @@ static void drain_event(struct data_state *state)
 {
 	uint64_t value;
 
-	if (read(state->thread->event_fd, &value, sizeof(value)) > 0)
-		state->readable = true;
+	if (read(state->thread->event_fd, &value, sizeof(value)) <= 0)
+		return;
+	state->readable = true;
+	state->alone &= !is_crowded(state);
 }
 
 static void give_back_memory(struct data_state *state)
@@ -370,6 +430,80 @@ static bool stopping(const struct data_state *state)
 	       atomic_load_explicit(&state->server->disconnected, memory_order_relaxed);
 }
 
+/* One waiter is woken for one request: EPOLLEXCLUSIVE. */
+static void arm_all(struct data_state *state)
+{
+	bool wanted = state->thread->index == 0 || is_crowded(state);
+
+	if (wanted && !state->starved && !stopping(state))
+		arm(state, state->thread->fuse_fd, EPOLLIN | EPOLLEXCLUSIVE, TAG_FUSE,
+		    &state->fuse_armed);
+	arm(state, state->thread->event_fd, EPOLLIN, TAG_EVENT, &state->event_armed);
+}
+
+/* Another request came before the last was answered. */
+static void expect_many(struct data_state *state)
+{
+	uint32_t i;
+
+	state->alone = false;
+	state->in_a_row = 0;
+	not_alone(state);
+	if (atomic_exchange(&state->server->crowded, 1))
+		return;
+	for (i = 0; i < state->server->nr_fds; i++)
+		if (i != state->thread->index)
+			tp_fuse_data_wake(&state->server->data[i]);
+}
+
+/* After a batch that was read to its end. */
+static void expect_few(struct data_state *state, uint32_t n)
+{
+	state->in_a_row = n <= 1 && state->out <= 1 ? state->in_a_row + 1 : 0;
+	if (state->in_a_row < ONE_BY_ONE)
+		return;
+	state->alone = true;
+	/* The others take one more request each, for which they wait already, and then no more. */
+	if (state->thread->index == 0)
+		atomic_store(&state->server->crowded, 0);
+}
+
+static void relax(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+	__builtin_ia32_pause();
+#elif defined(__aarch64__)
+	__asm__ volatile("yield");
+#endif
+}
+
+static bool work_waits(const struct data_state *state)
+{
+	const struct io_uring *ring = &state->ring;
+
+	return (__atomic_load_n(ring->sq.kflags, __ATOMIC_RELAXED) & IORING_SQ_TASKRUN) ||
+	       io_uring_cq_ready(ring);
+}
+
+/* A moment of looking: for what has ended now, for requests when this returns. Whoever else wants
+ * the processor gets it, first of all the one who was answered. */
+static void look(struct data_state *state)
+{
+	uint32_t i;
+
+	for (i = 0; state->pending && i < LOOKS && !work_waits(state); i++)
+		relax();
+	if (work_waits(state)) {
+		io_uring_submit_and_get_events(&state->ring);
+		reap(state);
+		if (!state->event_armed)
+			drain_event(state);
+	}
+	if (!work_waits(state))
+		sched_yield();
+	state->readable = true;
+}
+
 /* Wait in the ring: for a request, a completion, or a wake-up. */
 static void await(struct data_state *state)
 {
@@ -379,11 +513,7 @@ static void await(struct data_state *state)
 	struct io_uring_cqe *cqe;
 	int status;
 
-	/* One waiter is woken for one request: EPOLLEXCLUSIVE. */
-	if (!state->starved && !stopping(state))
-		arm(state, state->thread->fuse_fd, EPOLLIN | EPOLLEXCLUSIVE, TAG_FUSE,
-		    &state->fuse_armed);
-	arm(state, state->thread->event_fd, EPOLLIN, TAG_EVENT, &state->event_armed);
+	arm_all(state);
 	status = io_uring_submit_and_wait_timeout(&state->ring, &cqe, 1, trim ? &timeout : NULL,
 						  NULL);
 	if (status == -ETIME)
@@ -418,6 +548,7 @@ void *tp_fuse_data_thread(void *argument)
 	};
 
 	open_ring(&state);
+	state.alone = state.has_ring;
 	while (!stopping(&state) || state.pending) {
 		uint32_t n = stopping(&state) ? 0 : read_requests(&state);
 
@@ -426,9 +557,18 @@ void *tp_fuse_data_thread(void *argument)
 				await_by_poll(&state);
 		} else if (n) {
 			/* Starts what was read and looks for what has ended, in one call. */
+			if (!state.alone)
+				expect_few(&state, n);
+			else if (!state.look_until_ns)
+				arm_all(&state);
 			io_uring_submit_and_get_events(&state.ring);
 			reap(&state);
+			if (state.alone && (state.readable || state.out > 1))
+				expect_many(&state);
+		} else if (state.look_until_ns && now_ns() < state.look_until_ns) {
+			look(&state);
 		} else {
+			state.look_until_ns = 0;
 			await(&state);
 		}
 	}
