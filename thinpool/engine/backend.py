@@ -169,7 +169,11 @@ class VolumeIO(Protocol):
 
 
 class Awaited(Protocol):
-    """Something that happens meanwhile, and whatever comes of it, happens soon."""
+    """Something that happens meanwhile, and whatever comes of it, happens soon once started."""
+
+    def start(self) -> None:
+        """Let it begin."""
+        ...
 
     def fileno(self) -> int:
         """A descriptor that is readable from when it has happened."""
@@ -214,7 +218,7 @@ class PoolBackend(Protocol):
             changes: in their order.
             expected: the transaction id before.
             new: and after.
-            after: nothing of it becomes durable before this has happened.
+            after: is started, and nothing becomes durable before it has happened.
 
         Raises:
             TransactionIdError: the pool's is not the expected one.

@@ -201,6 +201,8 @@ class Pool(Handle):
             each.id = change.id
             each.origin = change.origin if change.origin is not None else 0
         with self.in_call() as (pointer, err):
+            if after is not None:
+                after.start()
             status = lib.tp_pool_apply(pointer, array, len(changes), expected, new, after_fd, err)
             check(status, err)
 

@@ -1,4 +1,4 @@
-"""A thread beside, for one flush at a time: begun here, waited for there, perhaps in the C core."""
+"""A thread beside, for one flush at a time: begun by one, waited for perhaps in the C core."""
 
 from __future__ import annotations
 
@@ -17,18 +17,30 @@ class Running:
         result: of it, once it has ended; None where it raised.
     """
 
-    def __init__(self, ended: int) -> None:
+    def __init__(self, due: threading.Lock, ended: int) -> None:
         """It is about to begin."""
+        self._due: Final = due
         self._ended: Final = ended
+        self._is_started = False
         self._seen = False
         self.result: object = None
+
+    def start(self) -> None:
+        """Begin, unless it has begun.
+
+        Best just before the interpreter is left for long: the thread that is woken needs it.
+        """
+        if not self._is_started:
+            self._is_started = True
+            self._due.release()
 
     def fileno(self) -> int:
         """Readable from when it has ended, until that was waited for."""
         return self._ended
 
     def wait(self) -> None:
-        """Until it has ended. By one thread."""
+        """Until it has ended; begins it if need be. By the thread that starts it."""
+        self.start()
         if not self._seen:
             os.eventfd_read(self._ended)
             self._seen = True
@@ -47,14 +59,13 @@ class Beside:
         self._work: tuple[Callable[[], object], Running] | None = None
         self._thread: threading.Thread | None = None
 
-    def begin(self, work: Callable[[], object]) -> Running:
-        """Run a function there, which should not raise."""
-        running = Running(self._ended)
+    def prepare(self, work: Callable[[], object]) -> Running:
+        """Have a function run there, which should not raise, when it is started."""
+        running = Running(self._due, self._ended)
         self._work = work, running
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
-        self._due.release()
         return running
 
     def _run(self) -> None:

@@ -777,9 +777,9 @@ class Catalogue:
         """Record what is about to be done to the pool. Survives this process on return.
 
         Returns:
-            What makes it durable meanwhile: the caller waits for it before it records a result, and
-            lets nothing become durable before it. Its result is whether that worked. None where it
-            is durable on return.
+            What makes it durable meanwhile, once it is started: the caller waits for it before it
+            records a result, and lets nothing become durable before it. Its result is whether that
+            worked. None where it is durable on return.
 
         Raises:
             BusyError, HostSpaceError, StorageIOError: as write_intent.
@@ -806,7 +806,7 @@ class Catalogue:
             self._number += 1
             log.append(intentlog.Entry(self._number, made, payload))
             self._standing.append(_Standing(intent=intent, number=self._number, made=made))
-            return self._beside.begin(lambda: self._flush_log(log, document))
+            return self._beside.prepare(lambda: self._flush_log(log, document))
 
     def _write_to_table(self, document: Mapping[str, Any]) -> None:
         with self.transaction() as db:
