@@ -651,40 +651,60 @@ static int side_advance(struct tp_delta *delta, struct side *side, uint32_t nr,
 	return side->index < side->end ? 0 : side_settle(delta, side, err);
 }
 
+/* Nonzero where two leaves' entries differ; times are not compared. */
+static uint64_t difference(const struct side *left, const struct side *right, uint32_t ahead)
+{
+	size_t l = 8 * (size_t)(left->index + ahead), r = 8 * (size_t)(right->index + ahead);
+
+	return (tp_walk_get64(left->leaf.keys + l) ^ tp_walk_get64(right->leaf.keys + r)) |
+	       tp_mapping_block(tp_walk_get64(left->leaf.values + l) ^
+				tp_walk_get64(right->leaf.values + r));
+}
+
 /* So many entries are the same from here on, in the leaves at hand. */
 static uint32_t same_entries(const struct side *left, const struct side *right)
 {
-	const uint8_t *left_keys = left->leaf.keys + 8 * (size_t)left->index;
-	const uint8_t *right_keys = right->leaf.keys + 8 * (size_t)right->index;
-	const uint8_t *left_values = left->leaf.values + 8 * (size_t)left->index;
-	const uint8_t *right_values = right->leaf.values + 8 * (size_t)right->index;
 	uint32_t nr_left = left->end - left->index, nr_right = right->end - right->index;
 	uint32_t nr = nr_left < nr_right ? nr_left : nr_right;
 	uint32_t same = 0;
 
+	if (nr && difference(left, right, 0))
+		return 0;
 	/* Several together without an exit between, so that they are compared as vectors. */
-	for (; same < nr; same += SAME_STEP) {
-		uint32_t step = nr - same < SAME_STEP ? nr - same : SAME_STEP;
+	for (; same + SAME_STEP <= nr; same += SAME_STEP) {
 		uint64_t differ = 0;
 
-		for (uint32_t i = 0; i < step; i++) {
-			size_t at = 8 * (size_t)(same + i);
-
-			differ |= tp_walk_get64(left_keys + at) ^ tp_walk_get64(right_keys + at);
-			differ |= tp_mapping_block(tp_walk_get64(left_values + at) ^
-						   tp_walk_get64(right_values + at));
-		}
+		for (uint32_t i = 0; i < SAME_STEP; i++)
+			differ |= difference(left, right, same + i);
 		if (differ)
 			break;
 	}
-	same = same < nr ? same : nr;
-	while (same < nr &&
-	       tp_walk_get64(left_keys + 8 * (size_t)same) ==
-		       tp_walk_get64(right_keys + 8 * (size_t)same) &&
-	       tp_mapping_block(tp_walk_get64(left_values + 8 * (size_t)same)) ==
-		       tp_mapping_block(tp_walk_get64(right_values + 8 * (size_t)same)))
+	while (same < nr && !difference(left, right, same))
 		same++;
 	return same;
+}
+
+/* So many entries from here on differ and continue a run that has begun. */
+static uint32_t differing_entries(const struct side *left, const struct side *right,
+				  const struct tp_delta_run *run)
+{
+	uint32_t nr_left = left->end - left->index, nr_right = right->end - right->index;
+	uint32_t nr = nr_left < nr_right ? nr_left : nr_right;
+	uint64_t next = run->begin + run->length;
+	uint32_t i;
+
+	if (!run->length || run->kind != TP_DELTA_DIFFERENT)
+		return 0;
+	for (i = 0; i < nr; i++) {
+		uint32_t l = left->index + i, r = right->index + i;
+
+		if (tp_walk_key(&left->leaf, l) != next + i ||
+		    tp_walk_key(&right->leaf, r) != next + i ||
+		    tp_mapping_block(tp_walk_value64(&left->leaf, l)) ==
+			    tp_mapping_block(tp_walk_value64(&right->leaf, r)))
+			break;
+	}
+	return i;
 }
 
 /* ---- runs -------------------------------------------------------------------------------- */
@@ -759,19 +779,33 @@ static int merge_entry(struct tp_delta *delta, struct tp_error *err)
 	return rc;
 }
 
+/* Entries that need no run of their own, of the leaves at hand. */
+static uint32_t skim(struct tp_delta *delta)
+{
+	const struct side *left = &delta->left, *right = &delta->right;
+	uint32_t nr;
+
+	if (left->ended || right->ended || delta->options.with_same)
+		return 0;
+	nr = same_entries(left, right);
+	if (nr || delta->options.by_data_block)
+		return nr;
+	nr = differing_entries(left, right, &delta->run);
+	delta->run.length += nr;
+	return nr;
+}
+
 static int merge_window(struct tp_delta *delta, struct tp_error *err)
 {
 	struct side *left = &delta->left, *right = &delta->right;
 	int rc = side_begin(delta, left, err) ?: side_begin(delta, right, err);
 
 	while (!rc && !(left->ended && right->ended)) {
-		uint32_t same = 0;
+		uint32_t nr = skim(delta);
 
-		if (!left->ended && !right->ended && !delta->options.with_same)
-			same = same_entries(left, right);
-		if (same)
-			rc = side_advance(delta, left, same, err)
-				     ?: side_advance(delta, right, same, err);
+		if (nr)
+			rc = side_advance(delta, left, nr, err)
+				     ?: side_advance(delta, right, nr, err);
 		else
 			rc = merge_entry(delta, err);
 	}
