@@ -7,8 +7,9 @@
  *
  * fragmented: devices 1 to NR_DEVICES hold NR_MAPPINGS together, made in random order of device and
  * virtual block, so that hardly any mapping continues its neighbour's.
- * The others: device 1 holds NR_MAPPINGS in order, device 2 is a snapshot of it in which sharing was
- * broken in NR_CHANGED places: in stretches of 100, one by one at random, or in stretches of LENGTH.
+ * The others: device 1 holds NR_MAPPINGS in order, device 2 is a snapshot of it in which sharing
+ * was broken in NR_CHANGED places: in stretches of 100, one by one at random, or in stretches of
+ * LENGTH.
  */
 #include "pool_private.h"
 
