@@ -75,6 +75,14 @@ def test_an_answer_that_breaks_off_is_no_answer(framed):
         http.parse_status(http.Head(b"SSH-2.0-OpenSSH"))
 
 
+@pytest.mark.parametrize("count", [0, 1, 256, 257, 1000])
+def test_a_list_is_encoded_as_one_document_however_long_it_is(count):
+    document = {"result": [{"id": each, "name": f"ä{each}"} for each in range(count)]}
+    assert json.loads(http.encoded(document)) == document
+    other = {"error": {"result": list(range(count))}}
+    assert json.loads(http.encoded(other)) == other
+
+
 @pytest.fixture
 def served(tmp_path):
     """A server that tells what it was asked, and waits where it is told to."""

@@ -14,6 +14,7 @@ import logging
 import os
 import select
 import socket
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Final
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TICK_S: Final = 0.1
+_SWITCH_S: Final = 0.0005
 _CHANNEL_END_S: Final = 5.0
 _END_S: Final = 10.0
 """For what is being done when the server is told to stop."""
@@ -363,6 +365,8 @@ def serve(context: WorkerContext) -> None:
     """Serve a pool until it is not used any more, or is told to stop."""
     with context.listen:
         service = make_service(context)
+        # Whoever copies a hundred thousand names lets requests in between soon.
+        sys.setswitchinterval(_SWITCH_S)
         # What is there now stays: collections need not look at it again.
         gc.collect()
         gc.freeze()

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 SCHEMA: Final = 1
 SUFFIX: Final = ".names.json"
 CHANGES_SUFFIX: Final = ".changes"
+_AT_ONCE: Final = 256
 _CHANGES_BYTES: Final = 64 << 10
 """The changes may always become so long, however few names there are."""
 
@@ -100,7 +101,7 @@ class NamesCopy:
     def _write_whole(self, config: PoolConfig, token: str) -> None:
         records = self._catalogue.records(READY)
         names = {record.id: record.name for record in records}
-        document = {
+        document: dict[str, Any] = {
             "schema": SCHEMA,
             "pool": config.name,
             "uuid": config.uuid,
@@ -111,8 +112,15 @@ class NamesCopy:
                 for record in records
             ],
         }
+        # Some at a time: the encoder keeps the interpreter, and requests would wait for all of it.
         # Not indented: that would be done by Python, beside whoever waits for an answer.
-        data = json.dumps(document).encode() + b"\n"
+        entries = document.pop("volumes")
+        parts = [
+            json.dumps(entries[first : first + _AT_ONCE])[1:-1]
+            for first in range(0, len(entries), _AT_ONCE)
+        ]
+        head = json.dumps(document)[:-1]
+        data = f'{head}, "volumes": [{", ".join(parts)}]}}\n'.encode()
         write_atomically(self._path, data, durable=False)
         self._copy_bytes, self._changes_bytes = len(data), 0
         with contextlib.suppress(FileNotFoundError):
