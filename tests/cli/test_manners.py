@@ -330,9 +330,13 @@ WAITS = program(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_signal_unwinds_the_command_and_ends_it_with_130(number, times):
-    process = subprocess.Popen(
-        [*WAITS, "check", "p"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup had us ignore it
+    try:
+        process = subprocess.Popen(
+            [*WAITS, "check", "p"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert process.stdout.readline() == "begun\n"
     for _ in range(times):
         process.send_signal(number)

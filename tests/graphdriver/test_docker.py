@@ -249,6 +249,8 @@ def test_pool_that_fills_under_a_pull(docker, when_full, rng):
         small.run("import", "-", "base:1", stdin=root_tar())
         small("run", "-d", "--stop-timeout=1", OFFLINE, "--name", "alive", "base:1", "sleep", "600")
         assert load("ballast", 60).returncode == 0
+        # What it still has to write when the pool is full waits no longer than the patience.
+        small("exec", "alive", "busybox", "sync")
         layers = driver.volumes()
         failed = load("large", 200)
         assert failed.returncode != 0

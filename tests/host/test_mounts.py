@@ -251,5 +251,5 @@ def test_a_fuse_server_that_hangs_is_found_and_aborted(dead_fuse):
     assert waiter.wait(5) != 0
     assert mounts.unmount(dead_fuse, lazy=True)
     assert mounts.fuse_mounts(dead_fuse) == []
-    assert mounts.waiting_requests(found.connection) is None
-    assert mounts.abort_fuse(found.connection) is False
+    # Its number may be another's already, of a test that runs beside this one.
+    assert not mounts.waiting_requests(found.connection)

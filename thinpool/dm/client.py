@@ -305,7 +305,15 @@ class DeviceMapper:
             flags |= abi.Flag.NOFLUSH
         if skip_lockfs:
             flags |= abi.Flag.SKIP_LOCKFS
-        header, _ = self._call(abi.Command.DEV_SUSPEND, name, "cannot suspend", flags=flags)
+        try:
+            header, _ = self._call(abi.Command.DEV_SUSPEND, name, "cannot suspend", flags=flags)
+        except errors.DeviceMapperError as error:
+            # The kernel has nothing to do where a device is suspended, but for who comes while
+            # another one suspends it: that is refused.
+            found = self.find(name) if error.errno == errno.EINVAL else None
+            if found is None or not found.suspended:
+                raise
+            return found
         return DeviceInfo.of(header)
 
     def resume(self, name: str) -> DeviceInfo:
