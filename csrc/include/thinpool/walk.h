@@ -35,8 +35,8 @@
 void *tp_walk_map(uint64_t bytes);
 /* The same for what is touched all over: in huge pages where the system gives them. */
 void *tp_walk_map_dense(uint64_t bytes);
-/* Have dense memory there at once. What is read first and written then is given pages of zeros that
- * all share, and the change of each for one of its own interrupts every processor. */
+/* Have zeroed memory there at once. What is read first and written then is given pages of zeros
+ * that all share, and the change of each for one of its own interrupts every processor. */
 void tp_walk_touch(void *memory, uint64_t bytes);
 void tp_walk_unmap(void *memory, uint64_t bytes);
 
