@@ -17,7 +17,6 @@
 
 #include "pool_private.h"
 
-#define COPY_BYTES      (UINT32_C(1) << 20)
 #define IO_BUFFER_ALIGN 4096u
 #define RUN_MAX         32u  /* blocks written or unmapped in one turn */
 #define NEXT_DATA_TURN  512u /* blocks looked at in one turn */
@@ -308,8 +307,8 @@ static int fill_block(struct tp_volume *volume, const struct place *to, uint64_t
 		      struct span s, const uint8_t *data, struct tp_error *err)
 {
 	struct tp_pool *pool = volume->pool;
-	uint32_t piece = pool->block_size < COPY_BYTES ? pool->block_size : COPY_BYTES, at;
-	uint8_t *buffer = io_buffer(piece);
+	uint32_t piece = (uint32_t)pool->copy_buffers.size, at;
+	uint8_t *buffer = tp_copy_buffers_get(&pool->copy_buffers);
 	int r = 0;
 
 	if (!buffer)
@@ -329,7 +328,7 @@ static int fill_block(struct tp_volume *volume, const struct place *to, uint64_t
 		if (!r)
 			r = write_new(pool, to, at, buffer, n, err);
 	}
-	free(buffer);
+	tp_copy_buffers_put(&pool->copy_buffers, buffer);
 	return r;
 }
 

@@ -270,6 +270,7 @@ void tp_pool_free(struct tp_pool *pool)
 	tp_md_close(pool->md);
 	tp_redo_close(pool->redo);
 	tp_block_locks_destroy(pool->locks);
+	tp_copy_buffers_deinit(&pool->copy_buffers);
 	tp_run_list_free(&pool->to_punch);
 	free(pool->holes);
 	pthread_mutex_destroy(&pool->changes_lock);
@@ -306,6 +307,7 @@ static struct tp_pool *pool_alloc(void)
 	cond_init_monotonic(&pool->event_cond);
 	cond_init_monotonic(&pool->background_cond);
 	pool->flushes.next = 1;
+	tp_copy_buffers_init(&pool->copy_buffers);
 	pool->after_fd = pool->sealed_after_fd = -1;
 	pool->locks = tp_block_locks_create();
 	if (!pool->locks) {
@@ -343,6 +345,9 @@ int tp_pool_open(struct tp_bdev *metadata, struct tp_bdev *data,
 	r = tp_md_open(metadata, options->cache_bytes, &pool->md, err);
 	if (!r) {
 		pool->block_size = tp_md_data_block_sectors(pool->md) * TP_SECTOR_SIZE;
+		tp_copy_buffers_set_size(&pool->copy_buffers, pool->block_size < COPY_BYTES
+								      ? pool->block_size
+								      : COPY_BYTES);
 		atomic_store(&pool->needs_check, tp_md_needs_check(pool->md));
 		if (options->read_only || tp_md_needs_check(pool->md) ||
 		    tp_md_read_only_features(pool->md))

@@ -18,6 +18,7 @@
 #include <stdatomic.h>
 
 #include "block_locks.h"
+#include "copy_buffers.h"
 #include "host_space.h"
 #include "redo_log.h"
 #include "thinpool/abi.h"
@@ -87,6 +88,7 @@ struct tp_pool {
 	uint32_t block_size; /* bytes */
 	uint32_t io_align;
 	struct tp_block_locks *locks;
+	struct tp_copy_buffers copy_buffers;
 
 	pthread_mutex_t changes_lock; /* the set of open volumes is changed or relied upon */
 	pthread_mutex_t md_lock;
@@ -138,6 +140,9 @@ struct tp_pool {
 	_Atomic uint64_t commits, data_flushes, metadata_flushes;
 	_Atomic uint64_t provisioned, broke_sharing, discarded, replayed;
 };
+
+/* Bytes that are copied, or zeroed, at once. */
+#define COPY_BYTES (UINT32_C(1) << 20)
 
 /* ---- pool.c ------------------------------------------------------------------------------- */
 
