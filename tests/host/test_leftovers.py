@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from thinpool.bench.workplace import WITHOUT_LOOPS
+from thinpool.bench.workplace import without_loops
 from thinpool.host import filesystems, loop, mountinfo, mounts
 from thinpool.host.leftovers import clear_dead_server
 from thinpool.host.signatures import carries
@@ -115,18 +115,7 @@ def test_a_btrfs_is_made_beside_a_dead_server(served, sparse):
     disk = sparse(320 * MIB, "btrfs")
     command = ["mkfs.btrfs", "-q", "-f", disk]
     assert subprocess.run(command, check=False, capture_output=True).returncode != 0
-    wrapped = [
-        "unshare",
-        "--mount",
-        "--propagation",
-        "slave",
-        "sh",
-        "-c",
-        WITHOUT_LOOPS,
-        "sh",
-        *command,
-    ]
-    subprocess.run(wrapped, check=True, capture_output=True)
+    subprocess.run(without_loops(*command), check=True, capture_output=True)
     assert carries(disk) == "btrfs"
     assert mountinfo.mount_at(served.mount_point) is not None, "outside it stays mounted"
 

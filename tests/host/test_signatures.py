@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from thinpool import errors
-from thinpool.bench.workplace import WITHOUT_LOOPS
+from thinpool.bench.workplace import without_loops
 from thinpool.host import loop, mounts
 from thinpool.host.signatures import carries, data_ranges, refuse_foreign
 
@@ -90,17 +90,7 @@ def test_what_real_tools_make_is_named(disk, program, arguments, name):
     os.truncate(disk, 512 * MIB)
     command = [program, *arguments, disk]
     if program == "mkfs.btrfs" and os.geteuid() == 0:  # it minds what other loop devices lie on
-        command = [
-            "unshare",
-            "--mount",
-            "--propagation",
-            "slave",
-            "sh",
-            "-c",
-            WITHOUT_LOOPS,
-            "sh",
-            *command,
-        ]
+        command = without_loops(program, *arguments, str(disk))
     subprocess.run(command, check=True, capture_output=True)
     assert carries(disk) == name
 

@@ -302,9 +302,7 @@ def drop_caches() -> None:
     Path("/proc/sys/vm/drop_caches").write_text("3\n")
 
 
-# mkfs.btrfs looks at the files below all mounted loop devices, and fails where any is on a FUSE
-# filesystem whose server died. In a mount namespace of its own it sees none.
-WITHOUT_LOOPS: Final = """
+_WITHOUT_LOOPS: Final = """
 mounts=$(cat /proc/self/mounts)
 while read -r source target rest; do
     case $source in /dev/loop*) umount -l "$(printf %b "$target")" 2>/dev/null;; esac
@@ -313,6 +311,16 @@ $mounts
 end
 exec "$@"
 """
+
+
+def without_loops(*command: str) -> list[str]:
+    """A command that runs a command, as root, in a mount namespace without mounted loop devices.
+
+    mkfs.btrfs looks at the files below all of them, and fails where any is on a FUSE filesystem
+    whose server died.
+    """
+    namespace = ["unshare", "--mount", "--propagation", "slave"]
+    return [*namespace, "sh", "-c", _WITHOUT_LOOPS, "sh", *command]
 
 
 def make_disk(place: Workplace, fstype: str, size: int) -> Path:
@@ -332,8 +340,8 @@ def make_disk(place: Workplace, fstype: str, size: int) -> Path:
     }[fstype]
     program = find_program(f"mkfs.{fstype}")
     if program is not None and fstype == "btrfs":
-        wrapped = ["--mount", "--propagation", "slave", "sh", "-c", WITHOUT_LOOPS, "sh", program]
-        run_program("unshare", [*wrapped, *arguments, device], package="util-linux")
+        unshare, *wrapped = without_loops(program, *arguments, device)
+        run_program(unshare, wrapped, package="util-linux")
     else:
         run_program(f"mkfs.{fstype}", [*arguments, device], package=package)
     return place.mount(device, folder / "mnt", fstype)
