@@ -70,7 +70,7 @@ docs-check:
 	$(PYTHON) tools/gen_format_doc.py --check
 	$(PYTHON) tools/gen_man.py --check
 
-bench: ## 20 to 25 minutes, as root, on a host at rest; BENCH="edits --quick" for some of it
+bench: ## 40 minutes, as root, on a host at rest; BENCH="edits --quick" for some of it
 	sh tools/bench.sh $(BENCH)
 
 bench-setup: ## what the benchmarks need, peers included

@@ -32,7 +32,9 @@ class Job:
         seconds: for so long; or
         count: so many requests of a job, each at a multiple of ``align`` that was not used before.
         align: bytes.
-        size: of the device that is used; 0 for all of it.
+        offset: where in the device the part begins that is used.
+        size: of that part, bytes for each process, one part behind the other; 0 for all of the
+            device.
     """
 
     rw: str
@@ -42,7 +44,13 @@ class Job:
     seconds: float = 1.0
     count: int = 0
     align: int = 0
+    offset: int = 0
     size: int = 0
+
+    @property
+    def end(self) -> int:
+        """Behind the last part, bytes."""
+        return self.offset + self.jobs * self.size
 
     @property
     def parameters(self) -> dict[str, Parameter]:
@@ -149,7 +157,9 @@ def _options(job: Job) -> list[str]:
         f"--numjobs={job.jobs}",
     ]
     if job.size:
-        options.append(f"--size={job.size}")
+        options += [f"--offset={job.offset}", f"--size={job.size}"]
+        if job.jobs > 1:
+            options.append(f"--offset_increment={job.size}")
     if job.count:
         return [*options, f"--number_ios={job.count}", f"--blockalign={job.align}"]
     return [

@@ -39,19 +39,19 @@ SUITES: Final = {
             name="edits",
             summary="small edits of large files of an image, first touched by a container",
             root=True,
-            seconds=460,
+            seconds=800,
         ),
         Suite(
             name="io",
             summary="fio through the engine, its null target, a loop device, qemu-storage-daemon",
             root=True,
-            seconds=400,
+            seconds=800,
         ),
         Suite(
             name="small-files",
             summary="many small files, and many containers that read the same ones",
             root=True,
-            seconds=230,
+            seconds=330,
         ),
         Suite(
             name="snapshots",

@@ -1,12 +1,14 @@
 """fio through the engine and through what does the same or less.
 
 Mapped: every block was written before. First write: 4 KiB each into a data block that has none yet,
-at random. Break sharing: the same into blocks that are shared with an origin. No flush is asked for
-on either side. CPU time is that of the whole host, fio's own included, which is the same for all.
+at random; beside it one at a time, from four processes, and 128 KiB in order. Break sharing: the
+same into blocks that are shared with an origin. No flush is asked for on either side. CPU time is
+that of the whole host, fio's own included, which is the same for all.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from thinpool.bench import fio
@@ -94,7 +96,8 @@ def _rest(seconds: float) -> list[Job]:
         for op in ("randread", "randwrite")
     ]
     return found + [
-        Job(rw=op, block=SEQUENTIAL, depth=depth, seconds=seconds)
+        Job(rw=op, block=SEQUENTIAL, depth=depth, jobs=jobs, seconds=seconds)
+        for jobs in (1, 4)
         for depth in (32, 1)
         for op in ("read", "write")
     ]
@@ -116,28 +119,64 @@ def _steady(context: Context, devices: dict[str, str], *jobs: Job) -> None:
 
 def _first(context: Context, region: int) -> None:
     """First writes, and breaking sharing, each repetition on a new device."""
-    count = region // BLOCK // 2
-    job = Job(rw="randwrite", depth=32, count=count, align=BLOCK, size=region)
+    jobs = _first_jobs(region)
     for case, kinds in (
         ("first write", (Thinpool, AgedThinpool, Kernel, Qemu, PlainLoop)),
         ("break sharing", (Thinpool, AgedThinpool, Kernel, Qemu, Reflink)),
     ):
         with (
             context.place.part("first") as place,
-            context.case(f"{case}, {job}", needs=80) as go,
+            context.case(f"{case}, {'; '.join(str(job) for job in jobs)}", needs=120) as go,
         ):
             if not go:
                 continue
-            targets = list(_new_targets(context, place, kinds, case, job))
+            targets = list(_new_targets(context, place, kinds, case, jobs))
             for repetition, target in in_turns(targets, context.options.repetitions):
-                _keep(context, case, target.name, job, _once(target, case, job, seed=repetition))
+                outcomes = _once(target, case, _those_for(target, jobs), seed=repetition)
+                for job, outcome in zip(jobs, outcomes, strict=False):
+                    _keep(context, case, target.name, job, outcome)
 
 
-def _once(target: Target, case: str, job: Job, *, seed: int) -> fio.Outcome:
-    device = target.unmapped(job.size) if case == "first write" else target.shared(job.size)
-    (outcome,) = fio.run(device, job, seed=seed)
+def _first_jobs(region: int) -> list[Job]:
+    """Each in a part of the device of its own: the one that has marks, then the others."""
+    eighth = region // 8
+    first = Job(rw="randwrite", depth=32, count=region // BLOCK // 2, align=BLOCK, size=region)
+    found = [first]
+    for job in (
+        Job(rw="randwrite", count=eighth // BLOCK // 2, align=BLOCK, size=eighth),
+        Job(rw="randwrite", depth=32, jobs=4, count=eighth // BLOCK // 2, align=BLOCK, size=eighth),
+        *(
+            Job(
+                rw="write",
+                block=SEQUENTIAL,
+                depth=depth,
+                jobs=jobs,
+                count=eighth // SEQUENTIAL // jobs,
+                align=SEQUENTIAL,
+                size=eighth // jobs,
+            )
+            for jobs in (1, 4)
+            for depth in (32, 1)
+        ),
+    ):
+        found.append(replace(job, offset=found[-1].end))
+    return found
+
+
+def _those_for(target: Target, jobs: list[Job]) -> list[Job]:
+    """An aged pool takes long to make, and is made for the first job only."""
+    return jobs[:1] if isinstance(target, AgedThinpool) else jobs
+
+
+def _once(target: Target, case: str, jobs: list[Job], *, seed: int) -> list[fio.Outcome]:
+    """On one new device; the first alone, so that its processors' time can be told."""
+    size = jobs[-1].end
+    device = target.unmapped(size) if case == "first write" else target.shared(size)
+    outcomes = fio.run(device, jobs[0], seed=seed)
+    if jobs[1:]:
+        outcomes += fio.run(device, *jobs[1:], seed=seed)
     target.take_down()
-    return outcome
+    return outcomes
 
 
 def _new_targets(
@@ -145,10 +184,10 @@ def _new_targets(
     place: Workplace,
     kinds: Iterable[type[Target]],
     case: str,
-    job: Job,
+    jobs: list[Job],
 ) -> Iterable[Target]:
     """What can give new devices, each having room for all repetitions."""
-    room = (context.options.repetitions + 2) * job.size
+    room = (context.options.repetitions + 2) * jobs[-1].end
     for kind in kinds:
 
         def make(kind: type[Target] = kind) -> Target:
@@ -157,11 +196,11 @@ def _new_targets(
             if kind is Kernel:
                 return Kernel(place, size=room)
             if kind is AgedThinpool:
-                return AgedThinpool(place, size=job.size)
+                return AgedThinpool(place, size=jobs[0].end)
             if kind is Reflink:
                 return Reflink(place, size=room)
             if kind is Qemu:
-                return _tuned(context, place, case, job)
+                return _tuned(context, place, case, jobs[:1])
             return kind(place)
 
         context.say(f"{case}: making {kind.name} ready")
@@ -170,13 +209,14 @@ def _new_targets(
             yield target
 
 
-def _tuned(context: Context, place: Workplace, case: str, job: Job) -> Qemu:
+def _tuned(context: Context, place: Workplace, case: str, jobs: list[Job]) -> Qemu:
     """qemu-storage-daemon with the format that is fastest here."""
     best: tuple[float, Qemu, str] | None = None
     for cluster, extended in context.size(QEMU_FORMATS, QEMU_FORMATS[:2]):
         target = Qemu(place, cluster=cluster, extended=extended)
         with place.part("trial") as trial:
-            found = _once(Qemu(trial, cluster=cluster, extended=extended), case, job, seed=99).iops
+            trying = Qemu(trial, cluster=cluster, extended=extended)
+            found = _once(trying, case, jobs, seed=99)[0].iops
         name = f"{format_size(cluster)} clusters{' with subclusters' if extended else ''}"
         context.results.note(f"{case}, qcow2 with {name}, tried once: {found:.0f}/s")
         if best is None or found > best[0]:

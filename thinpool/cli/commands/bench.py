@@ -30,7 +30,7 @@ QUICK_REPETITIONS: Final = 2
         exits.INTERRUPTED: "interrupted; what was measured is kept, and everything is taken down",
     },
     examples=[
-        ("thinpool bench", "Everything, 20 to 25 minutes; as root on a host that is at rest:"),
+        ("thinpool bench", "Everything, 40 minutes; as root on a host that is at rest:"),
         ("thinpool bench edits --directory /mnt/disk", "One suite, on another disk:"),
         ("thinpool bench --quick", "See that it works; no figure of it means anything:"),
     ],
