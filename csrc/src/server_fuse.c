@@ -162,35 +162,60 @@ int tp_fuse_server_remove_file(struct tp_fuse_server *server, uint32_t id, struc
 
 /* ---- running ---- */
 
+static bool is_open(const struct slot *slot)
+{
+	return atomic_load(&slot->shared->state) != SLOT_FREE && slot->header->unique;
+}
+
+/* Whether a slot before this one has the same request. */
+static bool is_twice(const struct slots *slots, uint32_t index)
+{
+	const struct slot *all = slots->slots;
+	uint32_t i;
+
+	for (i = 0; i < index; i++)
+		if (is_open(&all[i]) && all[i].header->unique == all[index].header->unique)
+			return true;
+	return false;
+}
+
+static void replay_one(struct tp_fuse_server *server, struct slot *slot)
+{
+	int error;
+
+	count(&server->counters.replays, 1);
+	if (slot->shared->fd_index >= server->nr_fds) {
+		tp_fuse_drop(server, slot);
+		return;
+	}
+	tp_fuse_slot_make_resident(slot);
+	if (atomic_load(&slot->shared->state) == SLOT_DONE) {
+		tp_fuse_reply_again(server, slot);
+		return;
+	}
+	error = slot->header->len > FUSE_READ_SIZE
+			? -EIO
+			: tp_fuse_decode(slot->header, slot->header->len, &slot->request);
+	if (error == -EIO || error == -EINVAL)
+		tp_fuse_reply(server, slot, error, NULL, 0);
+	else
+		tp_fuse_dispatch_slow(server, slot);
+}
+
 /* Open requests of a predecessor, before any new one is read. */
 static void replay(struct tp_fuse_server *server)
 {
-	struct slot *slot;
+	struct slots *slots = &server->slots;
 	uint32_t i;
-	int error;
 
-	for (i = 0; i < server->slots.nr; i++) {
-		slot = &server->slots.slots[i];
-		if (atomic_load(&slot->shared->state) == SLOT_FREE || !slot->header->unique)
-			continue;
-		count(&server->counters.replays, 1);
-		if (slot->shared->fd_index >= server->nr_fds) {
-			tp_fuse_drop(server, slot);
-			continue;
-		}
-		tp_fuse_slot_make_resident(slot);
-		if (atomic_load(&slot->shared->state) == SLOT_DONE) {
-			tp_fuse_reply_again(server, slot);
-			continue;
-		}
-		error = slot->header->len > FUSE_READ_SIZE
-				? -EIO
-				: tp_fuse_decode(slot->header, slot->header->len, &slot->request);
-		if (error == -EIO || error == -EINVAL)
-			tp_fuse_reply(server, slot, error, NULL, 0);
-		else
-			tp_fuse_dispatch_slow(server, slot);
-	}
+	/* What was being moved is dropped once before anything is begun: served twice, the second
+	 * time could be after the answer. */
+	for (i = 1; i < slots->nr; i++)
+		if (is_open(&slots->slots[i]) && is_twice(slots, i))
+			tp_fuse_drop(server, &slots->slots[i]);
+	for (i = 0; i < slots->nr; i++)
+		if (is_open(&slots->slots[i]))
+			replay_one(server, &slots->slots[i]);
 }
 
 static int start_queues(struct tp_fuse_server *server, struct tp_error *err)

@@ -18,7 +18,10 @@
  *   successor answers it again but never repeats it, for a later write to the same place may have
  *   been acknowledged meanwhile. One that is not SLOT_DONE was not answered; repeating it is right.
  * - Slots offered to read(2) are resident. A signal that finds the kernel faulting a page of ours
- *   makes it fail the request with EIO, which a block device must not show.
+ *   makes it fail the request with EIO, which a block device must not show. To make one resident
+ *   takes most of a millisecond, so a request that is small is moved to a slot that is not, where
+ *   no other resident one is free, and its slot is offered again. While it is moved both slots have
+ *   it, and neither was begun: a successor serves one of them.
  * - A file's target is used only between tp_fuse_files_get and tp_fuse_files_put.
  *
  * Thread-safety: stated at each function.
@@ -89,6 +92,7 @@ struct slot {
 	unsigned char *data;            /* FUSE_MAX_IO bytes, page-aligned */
 	struct slot *next;              /* in the free list or in a queue */
 	bool resident;                  /* every page faulted in, and locked if we may */
+	bool touched;                   /* used since its memory was given back */
 	bool failed;                    /* some part of the asynchronous I/O */
 	uint32_t pending;               /* parts of the asynchronous I/O still out */
 	uint32_t expected, transferred; /* bytes of it */
@@ -101,7 +105,7 @@ struct slot {
 
 struct slots {
 	pthread_mutex_t lock;
-	struct slot *free; /* last freed first, so that few slots are ever touched */
+	struct slot *resident, *plain; /* free ones, last freed first: few are ever touched */
 	uint32_t nr;
 	uint32_t nr_free;
 	bool starved; /* a data thread wants to be told of the next free slot */
@@ -121,6 +125,10 @@ void tp_fuse_slots_set_minor(struct slots *slots, uint32_t minor);
 void tp_fuse_slot_make_resident(struct slot *slot);
 /* NULL when none is free; then *starved is set. Any thread. The slot is SLOT_OPEN, unique 0. */
 struct slot *tp_fuse_slots_take(struct slots *slots, uint32_t fd_index);
+/* Move a request of `length` bytes that was read into `from`, and not begun, to a slot that need
+ * not be resident; `from` is then as if it had just been taken. NULL, and nothing is changed, where
+ * a resident slot is free or none is: then `from` itself is to be used. Any thread. */
+struct slot *tp_fuse_slots_move(struct slots *slots, struct slot *from, size_t length);
 /* Returns true when starving threads must be woken. Any thread. */
 bool tp_fuse_slots_put(struct slots *slots, struct slot *slot);
 /* Give the memory of free slots back, keeping `keep` of them resident. Any thread. */

@@ -23,6 +23,7 @@
 #define BATCH      64u /* requests read before their I/O is started */
 /* Slots that stay in memory when idle: the next burst need not fault them in. */
 #define RESIDENT_AT_REST 4u
+#define SMALL            (FUSE_HEAD + 16384u) /* copied rather than a slot made resident */
 #define NR_POLLS         2u
 #define NR_FIXED         16u      /* files that the ring knows by number */
 #define ONE_BY_ONE       64u      /* so many in a row, and others are not expected any more */
@@ -315,6 +316,19 @@ static void disconnect(struct tp_fuse_server *server)
 	tp_fuse_data_wake_all(server);
 }
 
+/* The slot that has the request that was read, which is not the landing one any more. */
+static struct slot *moved(struct data_state *state, size_t length)
+{
+	struct slot *landing = state->landing, *slot = NULL;
+
+	if (length >= sizeof(*landing->header) && length <= SMALL)
+		slot = tp_fuse_slots_move(&state->server->slots, landing, length);
+	if (slot)
+		return slot;
+	state->landing = NULL;
+	return landing;
+}
+
 /* Until nothing is there, or BATCH were read, or no slot is free. Returns how many. */
 static uint32_t read_requests(struct data_state *state)
 {
@@ -332,7 +346,7 @@ static uint32_t read_requests(struct data_state *state)
 			break;
 		length = read(state->thread->fuse_fd, slot->header, FUSE_READ_SIZE);
 		if (length > 0) {
-			state->landing = NULL;
+			slot = moved(state, (size_t)length);
 			handle(state, slot, (size_t)length);
 			n++;
 			/* The poll that goes with its I/O tells whether there are more. */

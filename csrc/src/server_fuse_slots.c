@@ -65,6 +65,21 @@ static void place(struct slots *slots, uint32_t index)
 	slot->header = (struct fuse_in_header *)(slot->data - FUSE_HEAD);
 }
 
+static void push(struct slot **list, struct slot *slot)
+{
+	slot->next = *list;
+	*list = slot;
+}
+
+static struct slot *pop(struct slot **list)
+{
+	struct slot *slot = *list;
+
+	if (slot)
+		*list = slot->next;
+	return slot;
+}
+
 int tp_fuse_slots_init(struct slots *slots, int fd, size_t size, struct tp_error *err)
 {
 	uint32_t i;
@@ -98,11 +113,12 @@ int tp_fuse_slots_init(struct slots *slots, int fd, size_t size, struct tp_error
 	for (i = slots->nr; i-- > 0;) {
 		struct slot *slot = &slots->slots[i];
 
+		/* A predecessor may have left memory in it. */
+		slot->touched = true;
 		if (atomic_load(&slot->shared->state) != SLOT_FREE && slot->header->unique)
 			continue;
 		atomic_store(&slot->shared->state, SLOT_FREE);
-		slot->next = slots->free;
-		slots->free = slot;
+		push(&slots->plain, slot);
 		slots->nr_free++;
 	}
 	return 0;
@@ -147,26 +163,12 @@ void tp_fuse_slot_make_resident(struct slot *slot)
 	slot->resident = true;
 }
 
-struct slot *tp_fuse_slots_take(struct slots *slots, uint32_t fd_index)
+static void open_slot(struct slot *slot, uint32_t fd_index)
 {
-	struct slot *slot;
-
-	pthread_mutex_lock(&slots->lock);
-	slot = slots->free;
-	if (slot) {
-		slots->free = slot->next;
-		slots->nr_free--;
-	} else {
-		slots->starved = true;
-	}
-	pthread_mutex_unlock(&slots->lock);
-	if (!slot)
-		return NULL;
-	if (!slot->resident)
-		tp_fuse_slot_make_resident(slot);
 	slot->next = NULL;
 	slot->file = NULL;
 	slot->failed = false;
+	slot->touched = true;
 	slot->pending = 0;
 	slot->expected = 0;
 	slot->transferred = 0;
@@ -175,6 +177,52 @@ struct slot *tp_fuse_slots_take(struct slots *slots, uint32_t fd_index)
 	/* The compiler must not move the zeroing of unique behind the read; the processor's order
 	 * does not matter, for only death shows it to another. */
 	atomic_store_explicit(&slot->shared->state, SLOT_OPEN, memory_order_release);
+}
+
+struct slot *tp_fuse_slots_take(struct slots *slots, uint32_t fd_index)
+{
+	struct slot *slot;
+
+	pthread_mutex_lock(&slots->lock);
+	slot = pop(&slots->resident);
+	if (!slot)
+		slot = pop(&slots->plain);
+	if (slot)
+		slots->nr_free--;
+	else
+		slots->starved = true;
+	pthread_mutex_unlock(&slots->lock);
+	if (!slot)
+		return NULL;
+	if (!slot->resident)
+		tp_fuse_slot_make_resident(slot);
+	open_slot(slot, fd_index);
+	return slot;
+}
+
+struct slot *tp_fuse_slots_move(struct slots *slots, struct slot *from, size_t length)
+{
+	struct fuse_in_header header = *from->header;
+	struct slot *slot = NULL;
+
+	pthread_mutex_lock(&slots->lock);
+	if (!slots->resident)
+		slot = pop(&slots->plain);
+	if (slot)
+		slots->nr_free--;
+	pthread_mutex_unlock(&slots->lock);
+	if (!slot)
+		return NULL;
+	open_slot(slot, from->shared->fd_index);
+	header.unique = 0;
+	*slot->header = header;
+	memcpy(slot->header + 1, from->header + 1, length - sizeof(header));
+	/* For a moment both have it, never none. See the fourth invariant. */
+	atomic_signal_fence(memory_order_seq_cst);
+	slot->header->unique = from->header->unique;
+	atomic_signal_fence(memory_order_seq_cst);
+	from->header->unique = 0;
+	atomic_signal_fence(memory_order_seq_cst);
 	return slot;
 }
 
@@ -185,8 +233,7 @@ bool tp_fuse_slots_put(struct slots *slots, struct slot *slot)
 	slot->header->unique = 0;
 	atomic_store_explicit(&slot->shared->state, SLOT_FREE, memory_order_release);
 	pthread_mutex_lock(&slots->lock);
-	slot->next = slots->free;
-	slots->free = slot;
+	push(slot->resident ? &slots->resident : &slots->plain, slot);
 	slots->nr_free++;
 	starved = slots->starved;
 	slots->starved = false;
@@ -194,23 +241,44 @@ bool tp_fuse_slots_put(struct slots *slots, struct slot *slot)
 	return starved;
 }
 
-/* At most TRIM_BATCH of them under the lock; returns whether there may be more. */
+/* The head page stays: it says that the slot is free. */
+static bool give_back(struct slots *slots, struct slot *slot)
+{
+	if (slot->resident)
+		munlock(slot->data - FUSE_PAGE, FUSE_SLOT_STRIDE);
+	if (fallocate(slots->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+		      slot->data - slots->memory, FUSE_MAX_IO))
+		return false;
+	slot->resident = false;
+	slot->touched = false;
+	return true;
+}
+
+/* At most TRIM_BATCH of them under the lock; returns whether there may be more. What cannot be
+ * punched stays, and is not tried for ever. */
 static bool trim_some(struct slots *slots, uint32_t keep)
 {
+	struct slot **at = &slots->resident;
 	uint32_t seen = 0, done = 0;
 	struct slot *slot;
 
 	pthread_mutex_lock(&slots->lock);
-	for (slot = slots->free; slot && done < TRIM_BATCH; slot = slot->next) {
-		if (!slot->resident || seen++ < keep)
+	while ((slot = *at) && done < TRIM_BATCH) {
+		if (seen++ < keep) {
+			at = &slot->next;
 			continue;
-		munlock(slot->data - FUSE_PAGE, FUSE_SLOT_STRIDE);
-		/* The head page stays: it says that the slot is free. What cannot be punched stays
-		 * too, and is not tried for ever. */
-		if (fallocate(slots->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-			      slot->data - slots->memory, FUSE_MAX_IO))
+		}
+		if (!give_back(slots, slot))
 			break;
-		slot->resident = false;
+		*at = slot->next;
+		push(&slots->plain, slot);
+		done++;
+	}
+	for (slot = slots->plain; slot && done < TRIM_BATCH; slot = slot->next) {
+		if (!slot->touched)
+			continue;
+		if (!give_back(slots, slot))
+			break;
 		done++;
 	}
 	pthread_mutex_unlock(&slots->lock);

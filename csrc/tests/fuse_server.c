@@ -494,6 +494,83 @@ static void test_successor_does_what_is_open_and_only_answers_what_was_done(stru
 	tp_fuse_slots_deinit(&slots);
 }
 
+/* Killed while a request was being moved from one slot to another: both have it. */
+static void test_successor_does_what_was_being_moved_once(struct bench *bench)
+{
+	static unsigned char old[IO], new[IO], found[IO];
+	struct tp_fuse_statistics statistics;
+	struct slot *slot, *same;
+	struct slots slots;
+	uint64_t unique;
+
+	memset(old, 3, sizeof(old));
+	memset(new, 4, sizeof(new));
+	TP_ASSERT(tp_fuse_slots_init(&slots, bench->slots_fd, tp_fuse_slots_size(NR_SLOTS), NULL) ==
+		  0);
+	slot = leave_open(bench, &slots, 0, old, IO);
+	same = tp_fuse_slots_take(&slots, 0);
+	memcpy(same->header, slot->header, FUSE_HEAD + IO);
+	tp_fuse_slots_deinit(&slots);
+
+	start(bench);
+	TP_ASSERT(receive(bench, &unique, answer, sizeof(answer), &answer_length) == 0);
+	TP_ASSERT(unique == bench->unique);
+	TP_ASSERT(ask_write(bench, GENERATION, 0, new, IO) == 0);
+	tp_fuse_server_get_statistics(bench->server, &statistics);
+	TP_ASSERT(statistics.replays == 1);
+	stop(bench);
+	TP_ASSERT(pread(bench->file, found, IO, 0) == IO && memcmp(found, new, IO) == 0);
+	TP_ASSERT(recv(bench->kernel, answer, sizeof(answer), MSG_DONTWAIT) < 0);
+}
+
+static void test_moving_leaves_the_other_slot_as_taken(void)
+{
+	int fd = memfd_create("slots", MFD_CLOEXEC);
+	struct bench bench = { .unique = 40 };
+	static unsigned char data[IO];
+	struct slot *slot, *moved;
+	struct slots slots;
+
+	memset(data, 9, sizeof(data));
+	TP_ASSERT(fd >= 0 && ftruncate(fd, (off_t)tp_fuse_slots_size(3)) == 0);
+	TP_ASSERT(tp_fuse_slots_init(&slots, fd, tp_fuse_slots_size(3), NULL) == 0);
+	slot = leave_open(&bench, &slots, 0, data, IO);
+	moved = tp_fuse_slots_move(&slots, slot, FUSE_HEAD + IO);
+	TP_ASSERT(moved && moved != slot && !moved->resident && slot->resident);
+	TP_ASSERT(moved->header->unique == bench.unique && slot->header->unique == 0);
+	TP_ASSERT(memcmp(moved->data, data, IO) == 0 && moved->shared->state == SLOT_OPEN);
+	TP_ASSERT(moved->header->len == FUSE_HEAD + IO && slots.nr_free == 1);
+
+	/* Where a resident one is free nothing needs to be copied; nor where none is. */
+	build(&bench, (unsigned char *)slot->header, FUSE_WRITE, NODE, data, FUSE_HEAD, NULL, 0);
+	tp_fuse_slot_make_resident(moved);
+	tp_fuse_slots_put(&slots, moved);
+	TP_ASSERT(!tp_fuse_slots_move(&slots, slot, FUSE_HEAD));
+	TP_ASSERT(tp_fuse_slots_take(&slots, 0) == moved && tp_fuse_slots_take(&slots, 0));
+	TP_ASSERT(!tp_fuse_slots_move(&slots, slot, FUSE_HEAD) && !slots.nr_free);
+	TP_ASSERT(slot->header->unique == bench.unique);
+	tp_fuse_slots_deinit(&slots);
+	close(fd);
+}
+
+static void test_many_small_requests_take_little_memory(struct bench *bench)
+{
+	struct fuse_read_in in = { .fh = GENERATION, .size = IO };
+	uint64_t unique;
+	struct stat st;
+	uint32_t i;
+
+	for (i = 0; i < NR_SLOTS; i++)
+		submit(bench, FUSE_READ, NODE, &in, sizeof(in), NULL, 0);
+	start(bench);
+	for (i = 0; i < NR_SLOTS; i++)
+		TP_ASSERT(receive(bench, &unique, answer, sizeof(answer), &answer_length) == 0);
+	TP_ASSERT(fstat(bench->slots_fd, &st) == 0);
+	/* One that is offered, and of each its first page and what it moved. */
+	TP_ASSERT(st.st_blocks * 512 <= FUSE_SLOT_STRIDE + (2 * NR_SLOTS + 1) * FUSE_PAGE);
+	stop(bench);
+}
+
 static void test_memory_of_another_layout_is_refused(void)
 {
 	int fd = memfd_create("slots", MFD_CLOEXEC);
@@ -538,6 +615,7 @@ static void run_all(uint32_t no_io_uring, unsigned seed)
 	struct bench bench;
 
 	setup(&bench, no_io_uring);
+	test_many_small_requests_take_little_memory(&bench);
 	start(&bench);
 	test_reads_and_writes_of_any_alignment(&bench);
 	test_punches_and_zero_ranges_read_as_zeros(&bench);
@@ -553,6 +631,7 @@ static void run_all(uint32_t no_io_uring, unsigned seed)
 	stop(&bench);
 	TP_ASSERT(bench.run_status == 0);
 	test_successor_does_what_is_open_and_only_answers_what_was_done(&bench);
+	test_successor_does_what_was_being_moved_once(&bench);
 	test_end_of_connection_ends_the_run(&bench);
 	teardown(&bench);
 }
@@ -563,6 +642,7 @@ int main(int argc, char **argv)
 
 	printf("seed %u\n", seed);
 	test_memory_of_another_layout_is_refused();
+	test_moving_leaves_the_other_slot_as_taken();
 	run_all(0, seed);
 	run_all(1, seed);
 	return 0;
