@@ -26,7 +26,7 @@ static int take_options(struct tp_fuse_server *server, const struct tp_fuse_opti
 
 	if (given)
 		*options = *given;
-	options->write_threads = or_default(options->write_threads, 8);
+	options->write_threads = or_default(options->write_threads, 16);
 	options->read_threads = or_default(options->read_threads, 4);
 	options->zero_threads = or_default(options->zero_threads, 2);
 	options->flush_threads = or_default(options->flush_threads, 2);
