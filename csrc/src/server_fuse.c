@@ -26,7 +26,8 @@ static int take_options(struct tp_fuse_server *server, const struct tp_fuse_opti
 
 	if (given)
 		*options = *given;
-	options->write_threads = or_default(options->write_threads, 16);
+	options->write_threads = or_default(options->write_threads, 8);
+	options->copy_threads = or_default(options->copy_threads, 16);
 	options->read_threads = or_default(options->read_threads, 4);
 	options->zero_threads = or_default(options->zero_threads, 2);
 	options->flush_threads = or_default(options->flush_threads, 2);
@@ -42,9 +43,9 @@ static int take_options(struct tp_fuse_server *server, const struct tp_fuse_opti
 	 * and writes are held up. */
 	options->max_background =
 		or_default(options->max_background, (server->slots.nr * 3 + 3) / 4);
-	if (options->write_threads > MAX_THREADS || options->read_threads > MAX_THREADS ||
-	    options->zero_threads > MAX_THREADS || options->flush_threads > MAX_THREADS ||
-	    options->max_background > UINT16_MAX)
+	if (options->write_threads > MAX_THREADS || options->copy_threads > MAX_THREADS ||
+	    options->read_threads > MAX_THREADS || options->zero_threads > MAX_THREADS ||
+	    options->flush_threads > MAX_THREADS || options->max_background > UINT16_MAX)
 		return tp_fail(err, TP_E_INVALID, "FUSE server: at most %u threads of a kind",
 			       MAX_THREADS);
 	return 0;
@@ -222,9 +223,8 @@ static int start_queues(struct tp_fuse_server *server, struct tp_error *err)
 {
 	const struct tp_fuse_options *options = &server->options;
 	const uint32_t nr[NR_WORK_KINDS] = {
-		[WORK_READ] = options->read_threads,
-		[WORK_WRITE] = options->write_threads,
-		[WORK_ZERO] = options->zero_threads,
+		[WORK_READ] = options->read_threads,   [WORK_WRITE] = options->write_threads,
+		[WORK_COPY] = options->copy_threads,   [WORK_ZERO] = options->zero_threads,
 		[WORK_FLUSH] = options->flush_threads,
 	};
 	uint32_t kind;

@@ -217,6 +217,8 @@ void tp_fuse_spin_interrupt(struct tp_fuse_spin *spin);
 enum work_kind {
 	WORK_READ,  /* reads and everything that looks: never waits for space */
 	WORK_WRITE, /* may wait for space, so nothing else stands behind it */
+	WORK_COPY,  /* a write that breaks sharing: the disk is quicker with more of them at once,
+		     * and the host's filesystem slower with more first writes */
 	WORK_ZERO,  /* gives space back: must not stand behind writes that wait for it */
 	WORK_FLUSH,
 	NR_WORK_KINDS

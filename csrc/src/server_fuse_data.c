@@ -224,6 +224,7 @@ static void start_io(struct data_state *state, struct slot *slot)
 		return;
 	}
 	file = slot->file;
+	slot->map.copies = 0; /* not everything below asks */
 	/* The completion ring has room for whatever is out. */
 	if (!state->has_ring || file->fd < 0 || !slot->length ||
 	    state->pending > CQ_ENTRIES - TP_MAP_MAX - NR_POLLS ||

@@ -274,7 +274,7 @@ void tp_fuse_dispatch_slow(struct tp_fuse_server *server, struct slot *slot)
 
 	switch (slot->header->opcode) {
 	case FUSE_WRITE:
-		kind = WORK_WRITE;
+		kind = slot->map.copies ? WORK_COPY : WORK_WRITE;
 		break;
 	case FUSE_FALLOCATE:
 		kind = WORK_ZERO;

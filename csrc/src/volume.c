@@ -381,8 +381,10 @@ static bool map_block(struct tp_volume *volume, uint64_t block, uint32_t within,
 	entry = tp_cache_get(volume, block);
 	if (entry == CACHE_UNKNOWN)
 		return false;
-	if (map->write && (!tp_entry_mapped(entry) || tp_entry_shared(volume, entry)))
+	if (map->write && (!tp_entry_mapped(entry) || tp_entry_shared(volume, entry))) {
+		map->copies = tp_entry_mapped(entry);
 		return false;
+	}
 	if (!tp_entry_mapped(entry) && block * pool->block_size + within < volume->origin_size)
 		return false;
 	offset = tp_entry_mapped(entry) ? tp_entry_block(entry) * pool->block_size + within
@@ -404,7 +406,7 @@ int tp_volume_map(struct tp_volume *volume, uint64_t offset, uint32_t length, in
 	uint64_t size = atomic_load_explicit(&volume->size, memory_order_relaxed);
 	uint32_t done = 0;
 
-	map->nr_extents = map->nr_locks = 0;
+	map->nr_extents = map->nr_locks = map->copies = 0;
 	map->write = (uint32_t)write;
 	if (!length || offset > size || length > size - offset ||
 	    (offset | length) & (pool->io_align - 1) ||

@@ -25,6 +25,7 @@ class FuseOptions:
     """How requests are served; 0 stands for the default of the C core's header."""
 
     write_threads: int = 0
+    copy_threads: int = 0
     read_threads: int = 0
     zero_threads: int = 0
     flush_threads: int = 0
@@ -85,8 +86,8 @@ class FuseServer(Handle):
         """Make a server; it serves nothing before run()."""
         made = ffi.new("struct tp_fuse_server **")
         given = ffi.new("struct tp_fuse_options *")
-        for name in ("write_threads", "read_threads", "zero_threads", "flush_threads"):
-            setattr(given, name, getattr(options, name))
+        for kind in ("write", "copy", "read", "zero", "flush"):
+            setattr(given, f"{kind}_threads", getattr(options, f"{kind}_threads"))
         given.max_background = options.max_background
         given.trim_ms = options.trim_ms
         given.block_size = options.block_size

@@ -450,7 +450,8 @@ struct tp_pool;
 struct tp_volume;
 
 struct tp_fuse_options {
-	uint32_t write_threads;  /* for what may block; 0 = 16 */
+	uint32_t write_threads;  /* for writes that may block; 0 = 8 */
+	uint32_t copy_threads;   /* for those of them that break sharing; 0 = 16 */
 	uint32_t read_threads;   /* 0 = 4 */
 	uint32_t zero_threads;   /* 0 = 2 */
 	uint32_t flush_threads;  /* 0 = 2 */

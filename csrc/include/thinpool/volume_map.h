@@ -30,6 +30,7 @@ struct tp_map {
 	uint32_t nr_locks;
 	uint32_t gate_slot; /* the volume's business, as locks is */
 	uint32_t write;
+	uint32_t copies; /* with TP_MAP_SLOW: a block is shared, and a write will copy it */
 	struct tp_map_extent extents[TP_MAP_MAX];
 	uint32_t locks[TP_MAP_MAX];
 };
