@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -100,6 +101,7 @@ int tp_fuse_server_create(struct tp_pool *pool, const int *fuse_fds, uint32_t nr
 	server->pool = pool;
 	server->nr_fds = nr_fds;
 	server->start_time = time(NULL);
+	server->hurry_fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
 	memcpy(server->fuse_fds, fuse_fds, nr_fds * sizeof(*fuse_fds));
 	pthread_mutex_init(&server->control, NULL);
 	pthread_cond_init(&server->control_changed, NULL);
@@ -128,6 +130,8 @@ void tp_fuse_server_destroy(struct tp_fuse_server *server)
 		if (server->data[i].event_fd >= 0)
 			close(server->data[i].event_fd);
 	free(server->data);
+	if (server->hurry_fd >= 0)
+		close(server->hurry_fd);
 	tp_fuse_files_deinit(&server->files);
 	tp_fuse_slots_deinit(&server->slots);
 	pthread_cond_destroy(&server->control_changed);

@@ -264,6 +264,7 @@ struct tp_fuse_server {
 	struct data_thread *data;
 	uint32_t nr_fds;
 	int fuse_fds[FUSE_MAX_FDS];
+	int hurry_fd;       /* tp_fuse_hurry's; -1: not to be had */
 	int64_t start_time; /* seconds: the times of all files */
 	_Atomic uint32_t next_fd_key;
 	_Atomic uint32_t crowded; /* requests overlap: all data threads take them, else the first */
@@ -302,6 +303,8 @@ void tp_fuse_reply_done(struct tp_fuse_server *server, struct slot *slot, int er
 			uint32_t written);
 /* Answer again what a predecessor had done. */
 void tp_fuse_reply_again(struct tp_fuse_server *server, struct slot *slot);
+/* After answers, by the thread that gave them: let those who wait for them know now. */
+void tp_fuse_hurry(struct tp_fuse_server *server);
 /* No answer is wanted, or none can be given. */
 void tp_fuse_drop(struct tp_fuse_server *server, struct slot *slot);
 

@@ -48,6 +48,7 @@ struct data_state {
 	uint32_t in_a_row;            /* batches of one */
 	int64_t look_until_ns;        /* what comes next is looked for; 0: it is slept for */
 	struct tp_fuse_spin spin;
+	bool answered;            /* since the last hurry */
 	bool touched;             /* there may be memory to give back */
 	uint32_t pending;         /* parts of I/O out in the ring */
 	uint32_t out;             /* requests that they belong to */
@@ -170,6 +171,7 @@ static void finish_io(struct data_state *state, struct slot *slot)
 	}
 	slot->file = NULL;
 	tp_fuse_files_put(&server->files, file);
+	state->answered = true;
 	count(&state->thread->counters.fast, 1);
 	if (write) {
 		count(&state->thread->counters.written_bytes, slot->length);
@@ -401,6 +403,10 @@ static void reap(struct data_state *state)
 			break;
 		}
 	}
+	/* All answers of a batch at once. */
+	if (state->answered)
+		tp_fuse_hurry(state->server);
+	state->answered = false;
 }
 
 static void arm(struct data_state *state, int fd, unsigned events, uint64_t tag, bool *armed)

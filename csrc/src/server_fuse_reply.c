@@ -3,6 +3,7 @@
 #include "server_fuse.h"
 
 #include <errno.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 /* 0, or the errno of the write. */
@@ -53,6 +54,21 @@ void tp_fuse_reply(struct tp_fuse_server *server, struct slot *slot, int error, 
 	if (failure)
 		count(&server->counters.lost_replies, 1);
 	free_slot(server, slot);
+}
+
+/*
+ * A loop device's request that ends in a process, not in an interrupt, is ended for good by a soft
+ * interrupt, for which the kernel wakes ksoftirqd: one more thread between us and the one who
+ * waits. But whoever gives back a lock that keeps soft interrupts off does what waits on his
+ * processor, and setting a socket's option takes such a lock. The option and the socket, which
+ * nobody uses, do not matter; nor does whether it succeeds: ksoftirqd was told, and comes later.
+ */
+void tp_fuse_hurry(struct tp_fuse_server *server)
+{
+	const int off = 0;
+
+	if (server->hurry_fd >= 0)
+		setsockopt(server->hurry_fd, SOL_SOCKET, SO_BROADCAST, &off, sizeof(off));
 }
 
 void tp_fuse_reply_again(struct tp_fuse_server *server, struct slot *slot)
