@@ -285,7 +285,10 @@ static int insert(struct tp_volume *volume, uint64_t vblock, uint64_t data_block
 static int write_data(struct tp_pool *pool, uint64_t offset, const void *buffer, size_t length,
 		      struct tp_error *err)
 {
-	return tp_bdev_write(pool->data_bdev, offset, buffer, length, err);
+	int r = tp_bdev_write(pool->data_bdev, offset, buffer, length, err);
+
+	tp_pool_data_changed(pool);
+	return r;
 }
 
 /* Into the new block or blocks at a place, from a byte of it on. */
@@ -293,10 +296,13 @@ static int write_new(struct tp_pool *pool, const struct place *place, uint64_t a
 		     const void *buffer, size_t length, struct tp_error *err)
 {
 	uint64_t offset = place->block * pool->block_size + at;
+	int r;
 
-	if (place->hole)
-		return tp_bdev_write_hole(pool->data_bdev, offset, buffer, length, err);
-	return tp_bdev_write(pool->data_bdev, offset, buffer, length, err);
+	if (!place->hole)
+		return write_data(pool, offset, buffer, length, err);
+	r = tp_bdev_write_hole(pool->data_bdev, offset, buffer, length, err);
+	tp_pool_data_changed(pool);
+	return r;
 }
 
 /*

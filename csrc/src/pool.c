@@ -309,6 +309,7 @@ static struct tp_pool *pool_alloc(void)
 	pool->flushes.next = 1;
 	tp_copy_buffers_init(&pool->copy_buffers);
 	pool->after_fd = pool->sealed_after_fd = -1;
+	pool->data_unflushed = 1;
 	pool->locks = tp_block_locks_create();
 	if (!pool->locks) {
 		tp_pool_free(pool);

@@ -490,6 +490,8 @@ static int resize_data(struct tp_pool *pool, uint64_t nr_blocks, struct tp_error
 			       "not %lu",
 			       (unsigned long)(tp_bdev_size(pool->data_bdev) / pool->block_size),
 			       (unsigned long)nr_blocks);
+	/* The device may have grown for this, and its length is durable with its flush. */
+	tp_pool_data_changed(pool);
 	r = tp_md_resize_data(pool->md, nr_blocks, err);
 	if (!r)
 		r = tp_pool_find_holes(pool, old, err);

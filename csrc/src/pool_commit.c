@@ -32,6 +32,23 @@ static int flush_data(struct tp_pool *pool, struct tp_error *err)
 }
 
 /*
+ * With commit_lock: the data that a commit's mappings point at. The flag is taken before the flush
+ * begins, so what is written meanwhile is the next commit's. Nobody knows what a predecessor left
+ * unflushed: a pool is opened with the flag set.
+ */
+static int flush_changed_data(struct tp_pool *pool, struct tp_error *err)
+{
+	int r;
+
+	if (!atomic_exchange(&pool->data_unflushed, 0))
+		return 0;
+	r = flush_data(pool, err);
+	if (r)
+		atomic_store(&pool->data_unflushed, 1);
+	return r;
+}
+
+/*
  * After a seal, without md_lock. Data and new blocks are made durable before the superblock that
  * refers to both; between themselves they have no order, and the new blocks are on their way to the
  * disk while the data is waited for.
@@ -41,7 +58,7 @@ static int write_out(struct tp_pool *pool, struct tp_error *err)
 	int r = tp_md_write_blocks(pool->md, err);
 
 	if (!r)
-		r = flush_data(pool, err);
+		r = flush_changed_data(pool, err);
 	if (!r) {
 		atomic_fetch_add(&pool->metadata_flushes, 2);
 		r = tp_md_flush_blocks(pool->md, err);
@@ -256,6 +273,7 @@ int tp_pool_punch_some(struct tp_pool *pool, uint64_t max_blocks, uint64_t *left
 			break;
 		r = tp_bdev_punch(pool->data_bdev, run.begin * pool->block_size,
 				  run.length * pool->block_size, err);
+		tp_pool_data_changed(pool);
 		pthread_mutex_lock(&pool->md_lock);
 		for (i = run.begin; !r && pool->holes && i < run.begin + run.length; i++)
 			pool->holes[i / 64] |= UINT64_C(1) << (i % 64);

@@ -107,6 +107,11 @@ struct tp_pool {
 	int after_fd;
 	int sealed_after_fd;
 
+	/* Something was done to the data device since the flush of the last commit began: set when
+	 * it has been done and before that is known to anybody, so by whoever maps it or answers.
+	 * Taken back under commit_lock. */
+	_Atomic uint32_t data_unflushed;
+
 	pthread_mutex_t commit_lock;
 	struct flush_rounds flushes;
 	_Atomic uint64_t committed; /* the last durable transaction */
@@ -166,6 +171,14 @@ void tp_pool_dirtied(struct tp_pool *pool);
 int tp_pool_find_holes(struct tp_pool *pool, uint64_t first_block, struct tp_error *err);
 
 /* ---- pool_commit.c ------------------------------------------------------------------------ */
+
+/* Behind each write to the data device and all else that a flush of it makes durable. */
+static inline void tp_pool_data_changed(struct tp_pool *pool)
+{
+	/* Mostly set already: writers share the line then. */
+	if (!atomic_load(&pool->data_unflushed))
+		atomic_store(&pool->data_unflushed, 1);
+}
 
 /* One flush round: what was acknowledged before the call is durable on return. */
 int tp_pool_flush_round(struct tp_pool *pool, bool commit, struct tp_error *err);

@@ -431,6 +431,8 @@ int tp_volume_map(struct tp_volume *volume, uint64_t offset, uint32_t length, in
 
 void tp_volume_unmap(struct tp_volume *volume, struct tp_map *map)
 {
+	if (map->write)
+		tp_pool_data_changed(volume->pool);
 	while (map->nr_locks)
 		tp_block_unlock_shared(volume->pool->locks, map->locks[--map->nr_locks]);
 	if (map->write)

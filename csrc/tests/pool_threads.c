@@ -156,6 +156,29 @@ static void *upheaval(void *argument)
 	return NULL;
 }
 
+/* INV-03: what was written through a map is flushed by the next commit, though nothing else was. */
+static void check_that_a_mapped_write_is_flushed(void)
+{
+	struct tp_bdev *data = tp_volume_data_bdev(volumes[0]);
+	struct tp_pool_status before, after;
+	uint8_t buffer[SECTOR] = { 1 };
+	struct tp_error err;
+	struct tp_map map;
+
+	tp_error_clear(&err);
+	pass(tp_volume_write(volumes[0], 0, buffer, SECTOR, &err), &err, "write");
+	pass(tp_pool_commit(pool, &err), &err, "commit");
+	tp_pool_get_status(pool, &before);
+	TP_ASSERT(tp_volume_map(volumes[0], 0, SECTOR, 1, &map) == TP_MAP_OK);
+	pass(tp_bdev_write(data, map.extents[0].data_offset, buffer, SECTOR, &err), &err,
+	     "mapped write");
+	tp_volume_unmap(volumes[0], &map);
+	pass(tp_volume_create(pool, 50, &err), &err, "create");
+	pass(tp_pool_commit(pool, &err), &err, "commit");
+	tp_pool_get_status(pool, &after);
+	TP_ASSERT(after.commits > before.commits && after.data_flushes > before.data_flushes);
+}
+
 int main(void)
 {
 	struct tp_pool_options options = { .commit_interval_ms = 10, .error_if_no_space = 1 };
@@ -183,6 +206,7 @@ int main(void)
 	TP_ASSERT(!pthread_create(&threads[THREADS], NULL, upheaval, NULL));
 	for (i = 0; i <= THREADS; i++)
 		pthread_join(threads[i], NULL);
+	check_that_a_mapped_write_is_flushed();
 	for (i = 0; i < 2; i++)
 		tp_volume_close(volumes[i]);
 	tp_volume_close(runs);

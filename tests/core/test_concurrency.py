@@ -17,6 +17,7 @@ from thinpool.errors import DataSpaceError
 from thinpool.model import VolumeId
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 BLOCK = 64 * 1024
@@ -265,6 +266,50 @@ def test_a_flush_where_no_mapping_changed_costs_one_host_flush_and_a_commit_thre
     flushes = lambda s: s.data_flushes + s.metadata_flushes  # noqa: E731
     assert flushes(between) - flushes(before) <= 3
     assert flushes(after) - flushes(between) == 1
+
+
+def test_a_commit_flushes_the_data_where_something_was_done_to_it() -> None:
+    """INV-03: whatever was written or punched since the last commit's flush, and only then."""
+
+    def flushed(work: Callable[[], object]) -> int:
+        before = pool.status()
+        work()
+        pool.commit()
+        after = pool.status()
+        assert after.commits > before.commits
+        return after.data_flushes - before.data_flushes
+
+    metadata = BlockDevice.open_memory(128 * 4096)
+    data = BlockDevice.open_memory(40 * BLOCK)
+    format_pool(metadata, block_size=BLOCK, data_blocks=40)
+    # Nobody commits or punches in the background.
+    with metadata, data, Pool.open(metadata, data, PoolOptions(commit_interval_ms=0)) as pool:
+        # What a predecessor wrote last is known to nobody.
+        assert flushed(lambda: pool.create_volume(VolumeId(1))) == 1
+        assert flushed(lambda: pool.create_volume(VolumeId(2))) == 0
+        with pool.open_volume(VolumeId(1), size=2 * BLOCK) as volume:
+            assert flushed(lambda: volume.write(0, b"first")) == 1
+            assert flushed(lambda: pool.create_snapshot(VolumeId(3), origin=VolumeId(1))) == 0
+            assert flushed(lambda: volume.write(0, b"copied")) == 1
+
+            def over_a_mapping() -> None:
+                volume.write(0, b"again")
+                pool.create_volume(VolumeId(4))
+
+            assert flushed(over_a_mapping) == 1
+            # A flush of its own covers it too, but was not the commit's.
+            volume.write(0, b"once more")
+            volume.flush()
+            assert flushed(lambda: pool.create_volume(VolumeId(5))) == 1
+            assert flushed(lambda: pool.create_volume(VolumeId(6))) == 0
+            assert flushed(lambda: volume.discard(0, 2 * BLOCK)) == 0
+
+            def punch() -> None:
+                assert pool.punch_some(1 << 20) == 0
+                pool.create_volume(VolumeId(7))
+
+            assert flushed(punch) == 1
+        assert flushed(lambda: pool.delete_volume(VolumeId(2))) == 0
 
 
 def test_everyone_who_waits_for_a_flush_shares_it(tmp_path: Path) -> None:
