@@ -39,7 +39,8 @@ Consistency = Literal["frozen", "quiescent", "crash"]
 
 def format_time(when: datetime) -> str:
     """RFC 3339 with ``Z``, whole seconds."""
-    return when.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    # Not strftime, which asks the locale for each part.
+    return when.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="seconds") + "Z"
 
 
 def parse_time(text: str) -> datetime:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 from thinpool._native import ffi
@@ -18,7 +17,7 @@ from thinpool.engine.status import new_error
 from thinpool.errors import BusyError, ClosedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from types import TracebackType
 
 
@@ -43,7 +42,8 @@ class Handle:
         """Take ownership."""
         self._what = what
         self._pid = os.getpid()
-        self._idle = threading.Condition()
+        self._counting = threading.RLock()
+        self._idle = threading.Condition(self._counting)
         self._calls = 0
         self._users = 0
         self._above = above
@@ -56,24 +56,29 @@ class Handle:
 
     # ---- calls ------------------------------------------------------------------------------
 
-    @contextmanager
-    def in_call(self) -> Iterator[tuple[Any, Any]]:
+    def in_call(self) -> _Call:
         """The pointer and a fresh tp_error, for one call."""
-        with self._idle:
+        return _Call(self)
+
+    def begin_call(self) -> Any:  # noqa: ANN401 - cffi's data has no type
+        """The pointer, until end_call."""
+        with self._counting:
             pointer = self._checked()
             self._calls += 1
-        try:
-            yield pointer, new_error()
-        finally:
-            with self._idle:
-                self._calls -= 1
-                if self._calls == 0:
-                    self._idle.notify_all()
+        return pointer
+
+    def end_call(self) -> None:
+        """Undo begin_call."""
+        with self._counting:
+            self._calls -= 1
+            # Whoever waits for the last one has taken the pointer.
+            if self._calls == 0 and self._pointer is None:
+                self._idle.notify_all()
 
     @property
     def pointer(self) -> Any:  # noqa: ANN401 - cffi's data has no type
         """The C object, for one that is built on it and holds this handle as ``above``."""
-        with self._idle:
+        with self._counting:
             return self._checked()
 
     def _checked(self) -> Any:  # noqa: ANN401 - cffi's data has no type
@@ -91,13 +96,13 @@ class Handle:
 
     def add_user(self) -> None:
         """Keep it from being closed."""
-        with self._idle:
+        with self._counting:
             self._checked()
             self._users += 1
 
     def drop_user(self) -> None:
         """Undo add_user."""
-        with self._idle:
+        with self._counting:
             self._users -= 1
 
     # ---- closing ----------------------------------------------------------------------------
@@ -109,7 +114,7 @@ class Handle:
 
     def _take(self) -> Any:  # noqa: ANN401 - cffi's data has no type
         """The pointer, for the caller to free; None when that was done. Waits for calls to end."""
-        with self._idle:
+        with self._counting:
             if self._pointer is None:
                 return None
             if os.getpid() != self._pid:
@@ -130,7 +135,7 @@ class Handle:
         try:
             free(pointer)
         except BusyError:
-            with self._idle:
+            with self._counting:
                 self._pointer = pointer  # not freed, still ours
             raise
         except BaseException:
@@ -176,6 +181,27 @@ class Handle:
             warnings.warn(
                 f"{self._what} was never closed", ResourceWarning, stacklevel=2, source=self
             )
+
+
+class _Call:
+    """One call of the library; every operation makes several, so it is no generator."""
+
+    __slots__ = ("_handle",)
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+
+    def __enter__(self) -> tuple[Any, Any]:
+        error = new_error()
+        return self._handle.begin_call(), error
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._handle.end_call()
 
 
 class _Backstop:

@@ -167,7 +167,7 @@ class Record:
             "created": self.created,
             "filesystem": self.filesystem,
             "consistency": self.consistency,
-            "labels": json.dumps(self.labels, sort_keys=True),
+            "labels": json.dumps(self.labels, sort_keys=True) if self.labels else "{}",
             "state": self.state,
             "lease": self.lease,
         }
