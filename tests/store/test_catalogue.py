@@ -1,7 +1,9 @@
 """The catalogue: what it keeps, refuses and survives."""
 
+import contextlib
 import itertools
 import os
+import random
 import shutil
 import sqlite3
 import subprocess
@@ -50,6 +52,43 @@ def test_children_of_a_deleted_volume_have_no_parent(catalogue):
     catalogue.insert(record(2, parent=VolumeId(1)))
     catalogue.delete(1)
     assert catalogue.by_id(2).parent is None
+
+
+def test_what_is_known_of_names_is_what_the_table_has(tmp_path, monkeypatch):
+    """Random changes, also undone ones, with more names than are kept in memory, and reopening."""
+    monkeypatch.setattr("thinpool.store.catalogue._NAMES_MAX", 12)
+    monkeypatch.setattr("thinpool.store.catalogue._KNOWN_MAX", 3)
+    seed = random.randrange(1 << 32)
+    sys.stdout.write(f"seed {seed}\n")
+    generator = random.Random(seed)
+    names = [f"n{number}" for number in range(20)]
+    wanted: dict[str, int] = {}
+    catalogue = Catalogue(tmp_path / "c.db")
+    kept = set()
+    for step in range(600):
+        name = generator.choice(names)
+        taken = wanted.get(name)
+        with contextlib.suppress(KeyError), catalogue.transaction():
+            after = dict(wanted)
+            if taken is None and len(wanted) < generator.choice([3, 9]):
+                after[name] = step
+                catalogue.insert(record(step, name=name))
+            elif taken is not None and generator.random() < 0.5:
+                catalogue.delete(after.pop(name))
+            elif taken is not None and (new := generator.choice(names)) not in wanted:
+                after[new] = after.pop(name)
+                catalogue.update(catalogue.by_id(taken), name=new)
+            if generator.random() < 0.2:
+                raise KeyError(name)  # undone
+            wanted = after
+        kept.add(catalogue._maybe_taken is not None)
+        if generator.random() < 0.05:
+            catalogue.close()
+            catalogue = Catalogue(tmp_path / "c.db")
+        found = {each: catalogue.find(each) for each in names}
+        assert {each: row.id for each, row in found.items() if row is not None} == wanted
+    catalogue.close()
+    assert kept == {True, False}
 
 
 def test_names_are_unique_and_a_failed_write_changes_nothing(catalogue):

@@ -60,6 +60,8 @@ _KNOWN_MAX: Final = 256
 """Rows of volumes that are kept in memory."""
 _REQUESTS_MAX: Final = 4096
 """Names of requests in the table that are kept in memory; of more, none are."""
+_NAMES_MAX: Final = 8192
+"""Names of volumes that are kept in memory; of half as many in the table or more, none are."""
 _LOG: Final = "intent_log"
 _SETTLED: Final = "settled"
 _TRANSACTION: Final = "transaction_id"
@@ -343,12 +345,27 @@ class Catalogue:
         self._requests: set[str] | None = None
         if len(rows) <= _REQUESTS_MAX:
             self._requests = {row["request"] for row in rows}
+        self._maybe_taken = self._all_names()
+        """Each name that a row has, and others that rows had; None where they are too many."""
         self._log = self._open_log()
         self._standing = self._find_standing()
         self._number = int(self.get(_SETTLED) or 0)
         if self._log is not None:
             self._number = max([self._number, *(each.sequence for each in self._log.entries)])
             self._log.forget()
+
+    def _all_names(self) -> set[str] | None:
+        rows = self._rows("SELECT name FROM volumes LIMIT ?", (_NAMES_MAX // 2,))
+        return {row["name"] for row in rows} if len(rows) < _NAMES_MAX // 2 else None
+
+    def _note_name(self, name: str) -> None:
+        """Know that a row is about to have it."""
+        if self._maybe_taken is not None:
+            self._maybe_taken.add(name)
+            if len(self._maybe_taken) > _NAMES_MAX:
+                self._maybe_taken = self._all_names()
+                if self._maybe_taken is not None:
+                    self._maybe_taken.add(name)
 
     def _open_log(self) -> intentlog.IntentLog | None:
         """The log of intents; None where a full disk has no space for a new one."""
@@ -530,6 +547,12 @@ class Catalogue:
         with self._lock:
             if (volume_id := self._ids.get(name)) is not None:
                 return self._known[volume_id]
+            if (
+                self._due is None
+                and self._maybe_taken is not None
+                and name not in self._maybe_taken
+            ):
+                return None
             rows = self._rows("SELECT * FROM volumes WHERE name = ?", (name,))
             return self._know(_record(rows[0])) if rows else None
 
@@ -593,6 +616,7 @@ class Catalogue:
         columns = ", ".join(row)
         places = ", ".join(f":{name}" for name in row)
         with self.transaction() as db:
+            self._note_name(record.name)
             if self._gap is not None and self._gap[0] <= record.id <= self._gap[1]:
                 self._gap = (record.id + 1, self._gap[1])
             db.execute(f"INSERT INTO volumes ({columns}) VALUES ({places})", row)  # noqa: S608 - names of our own
@@ -603,6 +627,7 @@ class Catalogue:
         row = changed.row()
         assignments = ", ".join(f"{name} = :{name}" for name in row if name != "id")
         with self.transaction() as db:
+            self._note_name(changed.name)
             self._forget(record.id)
             db.execute(f"UPDATE volumes SET {assignments} WHERE id = :id", row)  # noqa: S608 - as above
         return changed
