@@ -4,11 +4,11 @@
  *
  * tp_volume_map resolves a request onto the data device without blocking and without an exclusive
  * lock; the caller then does the I/O itself (io_uring) and gives the map back with
- * tp_volume_unmap, from any thread, when it has ended and before anybody is told so: a commit flushes
- * the data for the writes that were given back. While a map is held, none of its blocks can be freed, moved or
- * shared. What cannot be resolved so (a first write, a shared block, an unaligned edge, a
- * mapping that is not cached, a lock that is taken) is TP_MAP_SLOW: the caller hands the whole
- * request to a thread that may block and calls tp_volume_read or tp_volume_write there.
+ * tp_volume_unmap, from any thread, when the I/O has ended and before anybody is told so: a commit
+ * flushes the data for writes that were given back. While a map is held, none of its blocks can be
+ * freed, moved or shared. What cannot be resolved so (a first write, a shared block, an unaligned
+ * edge, a mapping that is not cached, a lock that is taken) is TP_MAP_SLOW: the caller hands the
+ * whole request to a thread that may block and calls tp_volume_read or tp_volume_write there.
  *
  * If the I/O of a map fails, the caller gives the map back and repeats the request on the slow
  * path, which knows what a host's ENOSPC means.
