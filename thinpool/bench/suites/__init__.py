@@ -39,13 +39,13 @@ SUITES: Final = {
             name="edits",
             summary="small edits of large files of an image, first touched by a container",
             root=True,
-            seconds=800,
+            seconds=900,
         ),
         Suite(
             name="io",
             summary="fio through the engine, its null target, a loop device, qemu-storage-daemon",
             root=True,
-            seconds=800,
+            seconds=900,
         ),
         Suite(
             name="small-files",

@@ -50,16 +50,14 @@ def run(context: Context) -> None:
     long, short = context.size(0.8, 0.1), context.size(0.4, 0.1)
     with context.place.part("mapped") as place:
         devices = _mapped(context, place, size)
-        few = {name: devices[name] for name in devices if name in _EVERYWHERE}
         for depth in (32, 1):
             for op in ("randread", "randwrite"):
                 who = devices if op == "randread" else _without_backing(devices)
                 _steady(context, who, Job(rw=op, depth=depth, seconds=long))
         _first(context, region)
-        _steady(context, few, *context.size(_rest(short), _rest(short)[::3]))
+        _steady(context, _without_backing(devices), *context.size(_rest(short), _rest(short)[::3]))
 
 
-_EVERYWHERE: Final = (PlainLoop.name, Null.name, Thinpool.name, Kernel.name, Qemu.name)
 _BACKING: Final = f"{Qemu.name}, backing file"
 
 
