@@ -44,7 +44,7 @@ struct data_state {
 	bool readable;                /* worth trying to read */
 	bool starved;                 /* no slot was free */
 	bool shows_work;              /* the ring has a flag for completions that wait */
-	bool alone;                   /* requests come one by one: each is waited for */
+	bool alone;                   /* the first's only: requests come one by one */
 	uint32_t in_a_row;            /* batches of one */
 	int64_t look_until_ns;        /* what comes next is looked for; 0: it is slept for */
 	struct tp_fuse_spin spin;
@@ -481,12 +481,13 @@ static void expect_many(struct data_state *state)
 static void expect_few(struct data_state *state, uint32_t n)
 {
 	state->in_a_row = n <= 1 && state->out <= 1 ? state->in_a_row + 1 : 0;
-	if (state->in_a_row < ONE_BY_ONE)
+	/* The others take once more what comes when the poll tells them that they have out already,
+	 * and then no more. Until nothing is left, for one poll may have taken the wake-ups of
+	 * several requests, and nobody else is told of them. */
+	if (state->in_a_row < ONE_BY_ONE || state->thread->index != 0)
 		return;
 	state->alone = true;
-	/* The others take one more request each, for which they wait already, and then no more. */
-	if (state->thread->index == 0)
-		atomic_store(&state->server->crowded, 0);
+	atomic_store(&state->server->crowded, 0);
 }
 
 static void relax(void)
@@ -569,7 +570,7 @@ void *tp_fuse_data_thread(void *argument)
 	};
 
 	open_ring(&state);
-	state.alone = state.has_ring;
+	state.alone = state.has_ring && thread->index == 0;
 	while (!stopping(&state) || state.pending) {
 		uint32_t n = stopping(&state) ? 0 : read_requests(&state);
 
