@@ -40,6 +40,23 @@ def test_figures_replace_figures_and_nothing_else(checkout, tmp_path):
     assert (checkout / "docs/benchmarks.md").read_text() == page
 
 
+def test_a_run_of_some_suites_goes_beside_the_whole_one(checkout):
+    page = checkout / "docs/benchmarks.md"
+    before = page.read_text()
+    report = a_report(edits=edits(thinpool=[0.002], overlay2_on_ext4=[1.5]))
+    assert document.write_apart(report, repository=checkout) == page
+    head, begin, rest = page.read_text().partition("<!-- begin: apart -->\n")
+    apart, end, tail = rest.partition("<!-- end: apart -->\n")
+    assert head + begin == before.partition(begin)[0] + begin
+    assert end + tail == end + before.partition(end)[2]
+    assert "at least 100 | 750 | reached |" in apart
+    assert "not measured" not in apart
+    assert "| thinpool | 2.00 ms |" in apart
+    report.quick = True
+    with pytest.raises(UsageError, match="mean nothing"):
+        document.write_apart(report, repository=checkout)
+
+
 def test_quick_run_goes_into_no_document(checkout, tmp_path):
     report = a_report()
     report.quick = True

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+    from thinpool.bench.marks import Verdict
     from thinpool.bench.results import Report, Series
 
 PLOT_FOLDER: Final = "plots"
@@ -47,8 +48,7 @@ def write(report: Report, *, results: Path, repository: Path) -> list[Path]:
     Raises:
         UsageError: a quick run, or a document without the lines.
     """
-    if report.quick:
-        raise UsageError("a quick run's figures mean nothing: they go into no document", what="run")
+    _refuse_quick(report)
     docs = repository / "docs"
     plots = docs / PLOT_FOLDER
     plots.mkdir(exist_ok=True)
@@ -66,6 +66,32 @@ def write(report: Report, *, results: Path, repository: Path) -> list[Path]:
     readme = repository / "README.md"
     replace(readme, {"benchmarks": _readme(report, shown)})
     return [page, readme, *written]
+
+
+def write_apart(report: Report, *, repository: Path) -> Path:
+    """Write a run of some suites beside the whole run of another time: into docs/benchmarks.md.
+
+    Args:
+        report: the run.
+        repository: a checkout.
+
+    Returns:
+        The page.
+
+    Raises:
+        UsageError: a quick run, or a page without the lines.
+    """
+    _refuse_quick(report)
+    page = repository / "docs" / "benchmarks.md"
+    measured = [verdict for verdict in judge(report) if verdict.figure]
+    parts = [_run(report), _marks_table(measured), _results(report, [])]
+    replace(page, {"apart": "\n\n".join(parts)})
+    return page
+
+
+def _refuse_quick(report: Report) -> None:
+    if report.quick:
+        raise UsageError("a quick run's figures mean nothing: they go into no document", what="run")
 
 
 def replace(path: Path, parts: dict[str, str]) -> None:
@@ -100,11 +126,13 @@ def _run(report: Report) -> str:
 def _marks(report: Report) -> str:
     verdicts = judge(report)
     counted = [verdict.reached for verdict in verdicts if verdict.reached is not None]
-    rows = [
-        (verdict.what, verdict.mark, verdict.figure, _strong(verdict.word)) for verdict in verdicts
-    ]
-    table = _table(("", "mark", "now", ""), rows)
+    table = _marks_table(verdicts)
     return f"{sum(counted)} of {len(counted)} marks with a bound are reached.\n\n{table}"
+
+
+def _marks_table(verdicts: Iterable[Verdict]) -> str:
+    rows = [(each.what, each.mark, each.figure, _strong(each.word)) for each in verdicts]
+    return _table(("", "mark", "now", ""), rows)
 
 
 def _strong(word: str) -> str:
