@@ -214,6 +214,12 @@ static int fault_flush(struct tp_bdev *bdev, struct tp_error *err)
 	return tp_bdev_flush(fault->below, err);
 }
 
+/* Not counted, as nothing is done: scripted faults are those of operations. */
+static int fault_check(struct tp_bdev *bdev, struct tp_error *err)
+{
+	return tp_bdev_check(as_fault(bdev)->below, err);
+}
+
 static void fault_start(struct tp_bdev *bdev)
 {
 	tp_bdev_start(as_fault(bdev)->below);
@@ -284,6 +290,7 @@ static const struct tp_bdev_ops fault_ops = {
 	.read = fault_read,
 	.write = fault_write,
 	.flush = fault_flush,
+	.check = fault_check,
 	.start = fault_start,
 	.punch = fault_punch,
 	.resize = fault_resize,

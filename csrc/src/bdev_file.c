@@ -273,16 +273,22 @@ static int still_there(struct file_bdev *file, struct tp_error *err)
 	return status;
 }
 
-static int file_flush(struct tp_bdev *bdev, struct tp_error *err)
+static int file_check(struct tp_bdev *bdev, struct tp_error *err)
 {
 	struct file_bdev *file = as_file(bdev);
 	int failed_before = atomic_load(&file->flush_errno);
-	int status;
 
 	if (failed_before)
 		return tp_fail_errno(err, TP_E_IO, failed_before, "an earlier flush of %s failed",
 				     file->name);
-	status = still_there(file, err);
+	return still_there(file, err);
+}
+
+static int file_flush(struct tp_bdev *bdev, struct tp_error *err)
+{
+	struct file_bdev *file = as_file(bdev);
+	int status = file_check(bdev, err);
+
 	if (status)
 		return status;
 	while (fdatasync(bdev->fd)) {
@@ -539,6 +545,7 @@ static const struct tp_bdev_ops file_ops = {
 	.read = file_read,
 	.write = file_write,
 	.flush = file_flush,
+	.check = file_check,
 	.start = file_start,
 	.punch = file_punch,
 	.resize = file_resize,

@@ -186,6 +186,11 @@ static int log_flush(struct tp_bdev *bdev, struct tp_error *err)
 	return keep(device->log, status, entry);
 }
 
+static int log_check(struct tp_bdev *bdev, struct tp_error *err)
+{
+	return tp_bdev_check(as_log(bdev)->below, err);
+}
+
 static void log_start(struct tp_bdev *bdev)
 {
 	tp_bdev_start(as_log(bdev)->below);
@@ -238,6 +243,7 @@ static const struct tp_bdev_ops log_ops = {
 	.read = log_read,
 	.write = log_write,
 	.flush = log_flush,
+	.check = log_check,
 	.start = log_start,
 	.punch = log_punch,
 	.resize = log_resize,

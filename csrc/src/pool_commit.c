@@ -40,8 +40,9 @@ static int flush_changed_data(struct tp_pool *pool, struct tp_error *err)
 {
 	int r;
 
+	/* What was flushed before must still be there: a commit promises it again. */
 	if (!atomic_exchange(&pool->data_unflushed, 0))
-		return 0;
+		return tp_bdev_check(pool->data_bdev, err);
 	r = flush_data(pool, err);
 	if (r)
 		atomic_store(&pool->data_unflushed, 1);

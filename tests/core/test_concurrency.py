@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import random
 import threading
 import time
@@ -12,8 +13,17 @@ from typing import TYPE_CHECKING, Self
 import pytest
 
 from tests.core.judges import contents, our_check, thin_check
-from thinpool.engine import BlockDevice, Change, ChangeKind, Pool, PoolOptions, Volume, format_pool
-from thinpool.errors import DataSpaceError
+from thinpool.engine import (
+    BlockDevice,
+    Change,
+    ChangeKind,
+    Pool,
+    PoolMode,
+    PoolOptions,
+    Volume,
+    format_pool,
+)
+from thinpool.errors import DataSpaceError, StorageIOError
 from thinpool.model import VolumeId
 
 if TYPE_CHECKING:
@@ -310,6 +320,30 @@ def test_a_commit_flushes_the_data_where_something_was_done_to_it() -> None:
 
             assert flushed(punch) == 1
         assert flushed(lambda: pool.delete_volume(VolumeId(2))) == 0
+
+
+@pytest.mark.parametrize("how", ["removed", "cut"])
+def test_a_commit_without_a_data_flush_sees_that_the_data_is_gone(tmp_path: Path, how: str) -> None:
+    """It promises again what earlier commits promised."""
+    with (
+        BlockDevice.open_file(tmp_path / "m", create_size=1 << 20) as metadata,
+        BlockDevice.open_file(tmp_path / "d", create_size=40 * BLOCK) as data,
+    ):
+        format_pool(metadata, block_size=BLOCK, data_blocks=40)
+        pool = Pool.open(metadata, data, PoolOptions(commit_interval_ms=0))
+        pool.create_volume(VolumeId(1))
+        pool.commit()
+        before = pool.status().data_flushes
+        if how == "removed":
+            (tmp_path / "d").unlink()
+        else:
+            os.truncate(tmp_path / "d", 39 * BLOCK)
+        pool.create_snapshot(VolumeId(2), origin=VolumeId(1))
+        with pytest.raises(StorageIOError, match=r"removed or replaced|truncated"):
+            pool.commit()
+        status = pool.status()
+        assert (status.mode, status.data_flushes) == (PoolMode.RO, before)
+        pool.abandon()
 
 
 def test_everyone_who_waits_for_a_flush_shares_it(tmp_path: Path) -> None:

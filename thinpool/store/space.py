@@ -97,7 +97,7 @@ def _warnings(
 ) -> tuple[str, ...]:
     found = []
     if status.needs_check:
-        found.append(f"a write to the metadata failed: run 'thinpool check {config.name}'")
+        found.append(f"a change could not be made durable: run 'thinpool check {config.name}'")
     if status.mode is PoolMode.OUT_OF_DATA_SPACE:
         if free_on_host is not None and used < total:
             found.append(

@@ -34,6 +34,8 @@ struct tp_bdev_ops {
 	int (*write)(struct tp_bdev *bdev, uint64_t offset, const void *buffer, size_t length,
 		     struct tp_error *err);
 	int (*flush)(struct tp_bdev *bdev, struct tp_error *err);
+	/* May be NULL: nothing can. See tp_bdev_check. */
+	int (*check)(struct tp_bdev *bdev, struct tp_error *err);
 	/* May be NULL. Begin to write what is still in the host's memory, so that a flush soon to
 	 * come finds less to do. Promises nothing, cannot fail. */
 	void (*start)(struct tp_bdev *bdev);
@@ -72,6 +74,13 @@ int tp_bdev_write_hole(struct tp_bdev *bdev, uint64_t offset, const void *buffer
  * that cannot be had, TP_E_IO with ENOSPC where the host would be left with little; part of the
  * range may have got space then. */
 int tp_bdev_allocate(struct tp_bdev *bdev, uint64_t offset, uint64_t length, struct tp_error *err);
+
+/* Whether what earlier flushes made durable can still be found; what tp_bdev_flush says of that,
+ * where there is nothing to flush. TP_E_IO. */
+static inline int tp_bdev_check(struct tp_bdev *bdev, struct tp_error *err)
+{
+	return bdev->ops->check && !bdev->read_only ? bdev->ops->check(bdev, err) : 0;
+}
 
 static inline void tp_bdev_start(struct tp_bdev *bdev)
 {
