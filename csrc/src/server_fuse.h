@@ -6,7 +6,7 @@
  * knows volumes only through struct tp_fuse_target, never a pool's format.
  *
  * Life of a request: a data thread takes a free slot, reads one request into it, and either
- * starts asynchronous I/O, answers at once, or hands the slot to one of four work queues whose
+ * starts asynchronous I/O, answers at once, or hands the slot to one of five work queues whose
  * threads may block. Whoever finishes it answers on the descriptor that it was read from, and
  * frees the slot.
  *

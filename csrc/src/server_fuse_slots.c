@@ -217,7 +217,7 @@ struct slot *tp_fuse_slots_move(struct slots *slots, struct slot *from, size_t l
 	header.unique = 0;
 	*slot->header = header;
 	memcpy(slot->header + 1, from->header + 1, length - sizeof(header));
-	/* For a moment both have it, never none. See the fourth invariant. */
+	/* For a moment both have it, never none. See the third invariant. */
 	atomic_signal_fence(memory_order_seq_cst);
 	slot->header->unique = from->header->unique;
 	atomic_signal_fence(memory_order_seq_cst);
