@@ -212,6 +212,16 @@ class ServerError(ThinpoolError):
     kind = "server"
 
 
+def device_gone(pool: str, path: str) -> NotFoundError:
+    """What to raise where a file or device of a pool is not where pool.json says."""
+    return NotFoundError(
+        f"pool {pool}: {path} is gone; bring it back, or forget the pool with "
+        f"'thinpool detach-pool {pool}'",
+        pool=pool,
+        path=path,
+    )
+
+
 def by_kind() -> dict[str, type[ThinpoolError]]:
     """Every error type by its wire name."""
     found: dict[str, type[ThinpoolError]] = {}

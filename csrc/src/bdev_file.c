@@ -105,6 +105,28 @@ static int read_fitting(struct file_bdev *file, uint64_t offset, unsigned char *
 	return 0;
 }
 
+static int present_size(int fd, const char *name, uint64_t *size_ret, struct tp_error *err);
+
+/*
+ * The kernel answers a write past a block device's end with ENOSPC, and a device that was pulled
+ * out, or cut shorter, ends before the write. That is not a full disk, which space would help.
+ * A device below that is thin itself keeps its size, and its ENOSPC.
+ */
+static int write_failed(const struct file_bdev *file, uint64_t offset, size_t length,
+			int host_errno, struct tp_error *err)
+{
+	uint64_t present;
+
+	if (file->is_block_device && tp_errno_is_host_full(host_errno) &&
+	    (present_size(file->bdev.fd, file->name, &present, NULL) || present < offset + length))
+		return tp_fail_errno(err, TP_E_IO, ENODEV,
+				     "write of %zu bytes at %" PRIu64
+				     " of %s: the device is gone or became smaller",
+				     length, offset, file->name);
+	return tp_fail_errno(err, TP_E_IO, host_errno, "write of %zu bytes at %" PRIu64 " of %s",
+			     length, offset, file->name);
+}
+
 static ssize_t write_some(struct file_bdev *file, uint64_t offset, const void *buffer,
 			  size_t length, int hole)
 {
@@ -124,9 +146,7 @@ static int write_fitting(struct file_bdev *file, uint64_t offset, const unsigned
 		if (count < 0 && errno == EINTR)
 			continue;
 		if (count < 0)
-			return tp_fail_errno(err, TP_E_IO, errno,
-					     "write of %zu bytes at %" PRIu64 " of %s",
-					     length - done, offset + done, file->name);
+			return write_failed(file, offset + done, length - done, errno, err);
 		/* Less than one aligned unit, and no error: a retry would loop for ever. */
 		if (!usable(file, count))
 			return tp_fail_errno(err, TP_E_IO, EIO,
@@ -234,11 +254,28 @@ static int flush_failed(struct file_bdev *file, int host_errno, struct tp_error 
 	return tp_fail_errno(err, TP_E_IO, host_errno, "flush of %s", file->name);
 }
 
+static int check_device(struct file_bdev *file, struct tp_error *err)
+{
+	uint64_t size = atomic_load(&file->size);
+	uint64_t present;
+	int status = present_size(file->bdev.fd, file->name, &present, err);
+
+	if (status || present >= size)
+		return status;
+	atomic_store(&file->flush_errno, ENODEV);
+	return tp_fail_block(err, TP_E_IO, TP_NO_BLOCK, present, size,
+			     "flush of %s: the device is gone or became smaller: it has %" PRIu64
+			     " bytes, it had %" PRIu64,
+			     file->name, present, size);
+}
+
 static int check_length(struct file_bdev *file, struct tp_error *err)
 {
 	uint64_t size = atomic_load(&file->size);
 	struct stat st;
 
+	if (file->is_block_device)
+		return check_device(file, err);
 	if (fstat(file->bdev.fd, &st))
 		return flush_failed(file, errno, err);
 	if (file->was_linked && !st.st_nlink) {
@@ -256,13 +293,13 @@ static int check_length(struct file_bdev *file, struct tp_error *err)
 /*
  * What a completed flush promises is that the data can be found again. A file that lost its last
  * name cannot, and one that was cut shorter under us has lost some; fdatasync would say all is
- * well.
+ * well. Nor does a block device that was pulled out refuse a flush with nothing to write.
  */
 static int still_there(struct file_bdev *file, struct tp_error *err)
 {
 	int status;
 
-	if (file->is_block_device || !check_length(file, NULL))
+	if (!check_length(file, NULL))
 		return 0;
 	/* Size and length are two reads, and a resize of our own may have come between. */
 	pthread_mutex_lock(&file->resize_lock);

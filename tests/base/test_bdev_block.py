@@ -123,3 +123,45 @@ def test_a_grown_device_is_taken_at_its_new_size(device, loop, tmp_path, core_er
     device.write(2 * MIB - 4096, b"e" * 4096)
     device.resize(MIB)
     assert device.size == MIB
+
+
+@pytest.fixture
+def shrink(loop, tmp_path):
+    """Cuts the loop device short while it is open, to 0 as one that is pulled out is."""
+
+    def shrunk(size):
+        os.truncate(tmp_path / "backing", size)
+        losetup("--set-capacity", loop)
+
+    return shrunk
+
+
+@pytest.mark.parametrize("left", [0, 512 * KIB])
+def test_a_write_past_what_is_left_of_a_device_is_no_full_disk(device, shrink, core_error, left):
+    shrink(left)
+    with pytest.raises(core_error) as caught:
+        device.write(768 * KIB, bytes(64 * KIB))
+    assert caught.value.status == lib.TP_E_IO
+    assert caught.value.errno == errno.ENODEV
+    assert "gone or became smaller" in str(caught.value)
+
+
+@pytest.mark.parametrize("left", [0, 512 * KIB])
+def test_a_flush_of_a_device_cut_short_fails_for_good(device, shrink, core_error, left):
+    device.flush()
+    shrink(left)
+    with pytest.raises(core_error) as caught:
+        device.flush()
+    assert (caught.value.found, caught.value.wanted) == (left, MIB)
+    shrink(MIB)
+    with pytest.raises(core_error) as again:
+        device.flush()
+    assert again.value.status == lib.TP_E_IO
+    assert again.value.errno == errno.ENODEV
+
+
+def test_a_device_that_grew_flushes(device, shrink):
+    shrink(2 * MIB)
+    device.write(0, b"g" * 4096)
+    device.flush()
+    assert device.read(0, 4096) == b"g" * 4096

@@ -41,8 +41,11 @@ def check(
     client = session.client(pool)
     try:
         answer = client.stream("check", progress=_reader(progress))
-    except _UNOPENABLE:
-        return _check_file(client.config().metadata, pool, progress)
+    except _UNOPENABLE as error:
+        path = client.config().metadata
+        if not Path(path).exists():
+            raise errors.device_gone(pool, path) from error
+        return _check_file(path, pool, progress)
     return CheckReport.from_json(answer)
 
 

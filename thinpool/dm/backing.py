@@ -96,12 +96,7 @@ def open_backing(path: str, *, pool: str, used: Collection[int]) -> Backing:
     try:
         found = os.stat(path)
     except FileNotFoundError as cause:
-        raise errors.NotFoundError(
-            f"pool {pool}: {path} is gone; bring it back, or forget the pool with "
-            f"'thinpool detach-pool {pool}'",
-            pool=pool,
-            path=path,
-        ) from cause
+        raise errors.device_gone(pool, path) from cause
     except OSError as cause:
         raise failure(cause, f"pool {pool}: cannot look at {path}", path=path) from cause
     if stat.S_ISBLK(found.st_mode):

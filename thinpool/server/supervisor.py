@@ -214,12 +214,7 @@ class Supervisor:
             if not only_claim:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except FileNotFoundError as error:
-            raise errors.NotFoundError(
-                f"pool {self._config.name}: {path} is gone; bring it back, or forget the pool "
-                f"with 'thinpool detach-pool {self._config.name}'",
-                pool=self._config.name,
-                path=path,
-            ) from error
+            raise errors.device_gone(self._config.name, path) from error
         except PermissionError as error:
             raise errors.NotPermittedError(
                 f"pool {self._config.name}: this user may not open {path}",

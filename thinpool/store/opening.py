@@ -122,12 +122,7 @@ def open_pool(
     """
     for path in (config.metadata, config.data):
         if not os.path.exists(path):  # noqa: PTH110 - the path is a string here
-            raise errors.NotFoundError(
-                f"pool {config.name}: {path} is gone; bring it back, or forget the pool with "
-                f"'thinpool detach-pool {config.name}'",
-                pool=config.name,
-                path=path,
-            )
+            raise errors.device_gone(config.name, path)
     with ExitStack() as stack:
         metadata = stack.enter_context(
             BlockDevice.open_file(config.metadata, read_only=config.read_only, exclusive=exclusive)

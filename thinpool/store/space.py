@@ -95,7 +95,11 @@ def _warnings(
     used: int,
     free_on_host: int | None,
 ) -> tuple[str, ...]:
-    found = []
+    found = [
+        f"{path} is gone: bring it back"
+        for path in (config.data, config.metadata)
+        if not Path(path).exists()
+    ]
     if status.needs_check:
         found.append(f"a change could not be made durable: run 'thinpool check {config.name}'")
     if status.mode is PoolMode.OUT_OF_DATA_SPACE:
