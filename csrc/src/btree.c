@@ -224,7 +224,7 @@ static void make_room_in_front(struct tp_disk_node *n, uint32_t count)
 int tp_btree_empty(const struct tp_btree *tree, uint64_t *root_ret, struct tp_error *err)
 {
 	void *data;
-	int r = tp_tm_new(tree->tm, TP_KIND_NODE, root_ret, &data, err);
+	int r = tp_tm_new_node(tree->tm, TP_NODE_LEAF, root_ret, &data, err);
 
 	if (!r)
 		init_node(data, TP_NODE_LEAF, tree->value_size);
@@ -324,12 +324,12 @@ static int split_root(const struct tp_btree *tree, struct tp_disk_node *root, ui
 	struct tp_disk_node *left, *right;
 	struct tp_le64 value;
 	void *data;
-	int r = tp_tm_new(tree->tm, TP_KIND_NODE, &left_block, &data, err);
+	int r = tp_tm_new_node(tree->tm, flags, &left_block, &data, err);
 
 	if (r)
 		return r;
 	left = data;
-	r = tp_tm_new(tree->tm, TP_KIND_NODE, &right_block, &data, err);
+	r = tp_tm_new_node(tree->tm, flags, &right_block, &data, err);
 	if (r) {
 		tp_tm_dec(tree->tm, left_block, NULL, NULL);
 		return r;
@@ -353,16 +353,17 @@ static int split_child(const struct tp_btree *tree, struct tp_disk_node *parent,
 		       struct tp_disk_node *left, uint64_t key, struct tp_error *err)
 {
 	uint32_t nr = nr_entries(left), left_nr = split_point(left, key);
+	uint32_t flags = tp_le32_get(left->header.flags);
 	struct tp_disk_node *right;
 	struct tp_le64 value;
 	uint64_t block;
 	void *data;
-	int r = tp_tm_new(tree->tm, TP_KIND_NODE, &block, &data, err);
+	int r = tp_tm_new_node(tree->tm, flags, &block, &data, err);
 
 	if (r)
 		return r;
 	right = data;
-	init_node(right, tp_le32_get(left->header.flags), tp_le32_get(left->header.value_size));
+	init_node(right, flags, tp_le32_get(left->header.value_size));
 	append(right, left, left_nr, nr - left_nr);
 	set_nr_entries(left, left_nr);
 	value = tp_le64_put(block);

@@ -7,6 +7,24 @@
 #include "thinpool/btree.h"
 #include "thinpool/error.h"
 
+/*
+ * Blocks of one sort that are read together lie together: a reader of many nodes, a check or a
+ * delta, has all upper nodes, and all counts, in a few reads. A run is a cursor of the sort's own
+ * and no more: its blocks stay free, for whoever comes by when no other is left, and nothing of it
+ * is on disk. Leaves follow the allocator's own cursor.
+ *
+ * A transaction's first blocks are all taken there, so that a small commit is one write.
+ */
+enum sort {
+	SORT_LEAF,
+	SORT_INTERNAL,
+	SORT_COUNTS,
+	NR_SORTS
+};
+
+#define RUN_BLOCKS   64u
+#define SMALL_COMMIT 32u
+
 struct number_list {
 	uint64_t *items;
 	size_t count, room;
@@ -22,6 +40,10 @@ struct tp_tm {
 	uint64_t *queued;                    /* bit a block: stands in overflow_changed */
 	struct number_list overflow_changed; /* counts that the overflow tree may have wrong */
 	struct tp_allocator *allocator;
+	uint64_t nr_given; /* in the open transaction */
+	struct {
+		uint64_t next, end;
+	} runs[NR_SORTS];
 	bool sealed;                   /* a sealed transaction is being written */
 	struct number_list freed_late; /* freed since the seal */
 	uint64_t index_block;          /* 0: not on disk yet */
@@ -158,9 +180,42 @@ uint32_t tp_tm_count(const struct tp_tm *tm, uint64_t block)
 	return block < tm->nr_blocks ? tm->counts[block] : 0;
 }
 
-static int allocate(struct tp_tm *tm, uint64_t *block_ret, struct tp_error *err)
+static enum sort sort_of(enum tp_block_kind kind, uint32_t node_flags)
 {
-	int r = tp_allocator_alloc(tm->allocator, block_ret);
+	if (kind == TP_KIND_BITMAP || kind == TP_KIND_INDEX)
+		return SORT_COUNTS;
+	return kind == TP_KIND_NODE && node_flags & TP_NODE_INTERNAL ? SORT_INTERNAL : SORT_LEAF;
+}
+
+/* The next block of the sort's run, or of a new one behind the allocator's cursor, which goes on
+ * after it. A run is as long as there is one: of one block in the worst case. */
+static int alloc_in_run(struct tp_tm *tm, enum sort sort, uint64_t *block_ret)
+{
+	uint64_t length;
+	int r;
+
+	for (;;) {
+		while (tm->runs[sort].next < tm->runs[sort].end) {
+			*block_ret = tm->runs[sort].next++;
+			/* Others may have come by. */
+			if (!tp_allocator_take(tm->allocator, *block_ret, 1))
+				return 0;
+		}
+		r = tp_allocator_alloc_run(tm->allocator, RUN_BLOCKS, &tm->runs[sort].next,
+					   &length);
+		if (r)
+			return r;
+		tm->runs[sort].end = tm->runs[sort].next + length;
+		r = tp_allocator_untake(tm->allocator, tm->runs[sort].next, length);
+		TP_ASSERT(!r);
+	}
+}
+
+static int allocate(struct tp_tm *tm, enum sort sort, uint64_t *block_ret, struct tp_error *err)
+{
+	int r = sort == SORT_LEAF || tm->nr_given < SMALL_COMMIT
+			? tp_allocator_alloc(tm->allocator, block_ret)
+			: alloc_in_run(tm, sort, block_ret);
 
 	if (r)
 		return tp_fail(err, TP_E_METADATA_SPACE,
@@ -172,6 +227,7 @@ static int allocate(struct tp_tm *tm, uint64_t *block_ret, struct tp_error *err)
 		return r;
 	}
 	bit_set(tm->fresh, *block_ret);
+	tm->nr_given++;
 	return 0;
 }
 
@@ -192,10 +248,10 @@ int tp_tm_read(struct tp_tm *tm, uint64_t block, enum tp_block_kind kind, const 
 	return tp_bm_read(tm->bm, block, kind, data_ret, err);
 }
 
-int tp_tm_new(struct tp_tm *tm, enum tp_block_kind kind, uint64_t *block_ret, void **data_ret,
-	      struct tp_error *err)
+static int new_block(struct tp_tm *tm, enum tp_block_kind kind, uint32_t node_flags,
+		     uint64_t *block_ret, void **data_ret, struct tp_error *err)
 {
-	int r = allocate(tm, block_ret, err);
+	int r = allocate(tm, sort_of(kind, node_flags), block_ret, err);
 
 	if (r)
 		return r;
@@ -205,6 +261,18 @@ int tp_tm_new(struct tp_tm *tm, enum tp_block_kind kind, uint64_t *block_ret, vo
 	return r;
 }
 
+int tp_tm_new(struct tp_tm *tm, enum tp_block_kind kind, uint64_t *block_ret, void **data_ret,
+	      struct tp_error *err)
+{
+	return new_block(tm, kind, 0, block_ret, data_ret, err);
+}
+
+int tp_tm_new_node(struct tp_tm *tm, uint32_t flags, uint64_t *block_ret, void **data_ret,
+		   struct tp_error *err)
+{
+	return new_block(tm, TP_KIND_NODE, flags, block_ret, data_ret, err);
+}
+
 int tp_tm_shadow(struct tp_tm *tm, uint64_t *block, enum tp_block_kind kind, void **data_ret,
 		 bool *children_gained, struct tp_error *err)
 {
@@ -212,7 +280,7 @@ int tp_tm_shadow(struct tp_tm *tm, uint64_t *block, enum tp_block_kind kind, voi
 	uint64_t old = *block, copy;
 	const void *from;
 	void *to;
-	uint32_t left;
+	uint32_t left, flags = 0;
 	int r;
 
 	*children_gained = false;
@@ -223,7 +291,9 @@ int tp_tm_shadow(struct tp_tm *tm, uint64_t *block, enum tp_block_kind kind, voi
 		*data_ret = tp_bm_new_data(tm->bm, old);
 		return 0;
 	}
-	r = tp_tm_new(tm, kind, &copy, &to, err);
+	if (kind == TP_KIND_NODE)
+		flags = tp_le32_get(((const struct tp_disk_node_header *)from)->flags);
+	r = new_block(tm, kind, flags, &copy, &to, err);
 	if (r)
 		return r;
 	memcpy(to, from, TP_MD_BLOCK_SIZE);
@@ -583,6 +653,7 @@ void tp_tm_seal(struct tp_tm *tm)
 	memset(tm->fresh, 0, bit_bytes(tm->nr_blocks));
 	tp_bm_seal(tm->bm);
 	tm->sealed = true;
+	tm->nr_given = 0;
 }
 
 void tp_tm_finish_seal(struct tp_tm *tm)

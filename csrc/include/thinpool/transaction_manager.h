@@ -41,6 +41,9 @@ int tp_tm_read(struct tp_tm *tm, uint64_t block, enum tp_block_kind kind, const 
 /* TP_E_METADATA_SPACE when no block is left. */
 int tp_tm_new(struct tp_tm *tm, enum tp_block_kind kind, uint64_t *block_ret, void **data_ret,
 	      struct tp_error *err);
+/* The same for a node of a tree: flags say of which sort, TP_NODE_LEAF or TP_NODE_INTERNAL. */
+int tp_tm_new_node(struct tp_tm *tm, uint32_t flags, uint64_t *block_ret, void **data_ret,
+		   struct tp_error *err);
 /* Make block changeable: *block is replaced by its copy's number, which the caller puts into the
  * parent. *children_gained is set when the old block lives on, so that everything that the copy
  * points at has one reference more, which the caller counts. */
