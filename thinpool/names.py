@@ -103,6 +103,8 @@ def same_pool(first: VolumeRef, second: VolumeRef) -> PoolName:
 
 
 def _checked(text: str, *, what: str) -> str:
+    if len(text) <= NAME_MAX and _NAME.fullmatch(text):
+        return text
     if not text:
         raise UsageError(f"the {what} is empty", what=what, value=text)
     if len(text) > NAME_MAX:
@@ -119,9 +121,7 @@ def _checked(text: str, *, what: str) -> str:
             what=what,
             value=text,
         )
-    if not _NAME.fullmatch(text):
-        raise UsageError(f"{what} {_shown(text)} starts with {text[0]!r}", what=what, value=text)
-    return text
+    raise UsageError(f"{what} {_shown(text)} starts with {text[0]!r}", what=what, value=text)
 
 
 def _shown(text: str) -> str:

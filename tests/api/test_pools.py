@@ -123,7 +123,14 @@ def gone(api):
     raise AssertionError("half a pool answers")
 
 
-def test_creation_that_was_killed_is_swept_away(api, root):
+@pytest.mark.parametrize("is_known", [False, True], ids=["unknown", "known from before"])
+def test_creation_that_was_killed_is_swept_away(api, root, is_known):
+    if is_known:  # a whole one, which somebody else removes
+        api.create_pool("p", size=64 * MIB, base_size=0)
+        assert api.create("p/a", size=MIB).name == "a"
+        other = Thinpool(root, timeout=20)
+        other.remove(["p/a"])
+        other.remove_pool("p")
     script = f"""
 import os, signal
 from thinpool import Thinpool

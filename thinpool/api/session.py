@@ -53,7 +53,7 @@ class Session:
             if client is None:
                 client = PoolClient(self.root, pool, timeout=self.timeout)
                 self._clients[pool] = client
-        if client.config().state != poolfile.READY:
+        if not client.is_whole():
             self.drop_unfinished(pool)
         return client
 

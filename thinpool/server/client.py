@@ -171,6 +171,8 @@ class PoolClient:
         self._pool = pool
         self._timeout = timeout
         self._directory = poolfile.pool_directory(root, pool)
+        self._config_path = str(self._directory / poolfile.FILE)
+        self._whole: tuple[int, ...] | None = None
         self.allow_unfinished = False
         """It is this client's user who makes the pool."""
         self._idle: list[_Connection] = []
@@ -189,6 +191,27 @@ class PoolClient:
             NotFoundError: there is no such pool.
         """
         return poolfile.read_config(self._root, self._pool)
+
+    def is_whole(self) -> bool:
+        """Whether the pool's creation has come to its end.
+
+        It stays so: a pool.json that was seen to say it is not read again, only looked at. One of
+        another pool of the same name is another file.
+
+        Raises:
+            NotFoundError: there is no such pool.
+        """
+        try:
+            found = os.stat(self._config_path)  # noqa: PTH116 - every call comes by, as a string
+        except OSError:
+            seen = None
+        else:
+            seen = (found.st_ino, found.st_ctime_ns, found.st_size)
+            if seen == self._whole:
+                return True
+        is_whole = self.config().state == poolfile.READY
+        self._whole = seen if is_whole else None
+        return is_whole
 
     # ---- asking -----------------------------------------------------------------------------
 
@@ -212,7 +235,7 @@ class PoolClient:
         """Ask for an operation that tells how far it is, or that answers text in chunks."""
         body = json.dumps(dict(arguments or {})).encode()
         fields = {
-            protocol.REQUEST_HEADER: secrets.token_hex(16),
+            protocol.REQUEST_HEADER: os.urandom(16).hex(),
             protocol.TIMEOUT_HEADER: f"{self._timeout:g}",
         }
         deadline: float | None = None
