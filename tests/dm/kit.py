@@ -13,7 +13,7 @@ from thinpool.dm import names
 from thinpool.dm.client import DeviceMapper
 from thinpool.host import loop
 from thinpool.store.catalogue import DELETING
-from thinpool.store.crashpoint import VARIABLE
+from thinpool.store.crashpoint import arm
 from thinpool.store.dmdevices import DmDevices
 from thinpool.store.opening import open_dm_pool
 from thinpool.store.poolfile import read_config
@@ -60,9 +60,9 @@ def dies(root, work, *, step, opening=False, name="p"):
         code = 1
         try:
             if opening:
-                os.environ[VARIABLE] = step
+                arm(step)
             with opened(root, name) as service:
-                os.environ[VARIABLE] = step
+                arm(step)
                 work(service)
             code = 3  # it came to an end without the step
         except BaseException:  # noqa: BLE001 - said, and the process ends

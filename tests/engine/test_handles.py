@@ -23,9 +23,10 @@ from thinpool.engine import (
     Pool,
     PoolMode,
     PoolOptions,
+    PoolStatus,
     format_pool,
 )
-from thinpool.engine.pool import _INFO
+from thinpool.engine.pool import _INFO, _STATUS
 from thinpool.model import VolumeId
 
 BLOCK = 64 << 10
@@ -281,6 +282,23 @@ def test_metadata_that_is_none_is_refused(fill, kind):
         metadata.write(0, fill * 4096)
         with pytest.raises(kind):
             Pool.open(metadata, data)
+
+
+def test_status_is_read_field_by_field_as_the_core_has_it(devices):
+    """Every field at once: the struct has no gaps, and the order is that of PoolStatus."""
+    assert _STATUS.size == ffi.sizeof("struct tp_pool_status")
+    raw = ffi.new("struct tp_pool_status *")
+    names = [name for name, _ in ffi.typeof("struct tp_pool_status").fields]
+    assert names == list(PoolStatus._fields)
+    for value, name in enumerate(names, start=1):
+        setattr(raw, name, value)
+    assert _STATUS.unpack(ffi.buffer(raw)) == tuple(range(1, len(names) + 1))
+    metadata, data = devices
+    with Pool.open(metadata, data) as pool:
+        pool.create_volume(VolumeId(3))
+        found = pool.status()
+    assert (found.mode, found.needs_check, found.dirty) == (PoolMode.RW, False, True)
+    assert (found.data_block_size, found.data_blocks_total, found.nr_volumes) == (BLOCK, 256, 1)
 
 
 def test_all_volumes_are_told_as_each_is_by_itself(tmp_path):

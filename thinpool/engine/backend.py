@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -61,9 +61,11 @@ class PoolOptions:
     cache_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolStatus:
-    """A pool's state and counters; blocks are data blocks unless the name says metadata."""
+class PoolStatus(NamedTuple):
+    """A pool's state and counters; blocks are data blocks unless the name says metadata.
+
+    In the order of struct tp_pool_status.
+    """
 
     mode: PoolMode
     needs_check: bool

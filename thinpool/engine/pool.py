@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 _LIST_BATCH = 1024
 _INFO: Final = struct.Struct("=IIIIQQ")
 """struct tp_volume_info, whose fields leave no gaps: tests/engine holds them equal."""
+_STATUS: Final = struct.Struct("=2IQ2I14Q2IQ")
+"""struct tp_pool_status, likewise."""
+_MODES: Final = tuple(PoolMode)
 _DEFAULT_OPTIONS = PoolOptions()
 
 
@@ -139,29 +142,9 @@ class Pool(Handle):
         found = ffi.new("struct tp_pool_status *")
         with self.in_call() as (pointer, _):
             lib.tp_pool_get_status(pointer, found)
-        return PoolStatus(
-            mode=PoolMode(found.mode),
-            needs_check=bool(found.needs_check),
-            transaction_id=int(found.transaction_id),
-            time=int(found.time),
-            data_block_size=int(found.data_block_size),
-            data_blocks_total=int(found.data_blocks_total),
-            data_blocks_used=int(found.data_blocks_used),
-            metadata_blocks_total=int(found.metadata_blocks_total),
-            metadata_blocks_used=int(found.metadata_blocks_used),
-            metadata_blocks_reserve=int(found.metadata_blocks_reserve),
-            held_root=int(found.held_root),
-            nr_volumes=int(found.nr_volumes),
-            commits=int(found.commits),
-            data_flushes=int(found.data_flushes),
-            metadata_flushes=int(found.metadata_flushes),
-            provisioned=int(found.provisioned),
-            broke_sharing=int(found.broke_sharing),
-            discarded=int(found.discarded),
-            punch_backlog=int(found.punch_backlog),
-            low_water_reached=bool(found.low_water_reached),
-            dirty=bool(found.dirty),
-            replayed=int(found.replayed),
+        mode, needs_check, *counters, low_water, dirty, replayed = _STATUS.unpack(ffi.buffer(found))
+        return PoolStatus._make(
+            (_MODES[mode], bool(needs_check), *counters, bool(low_water), bool(dirty), replayed)
         )
 
     def commit(self) -> None:

@@ -386,7 +386,7 @@ def _body(raw: bytes) -> Json:
     if not raw:
         return {}
     try:
-        document = json.loads(raw)
+        document = json.loads(str(raw, "utf-8"))
     except ValueError as cause:
         raise errors.UsageError(f"the body is no JSON: {cause}", what="body") from cause
     if not isinstance(document, dict):

@@ -94,7 +94,7 @@ class _Connection:
             length = head.length(largest=sys.maxsize)
             if length is None:
                 raise http.MalformedError("an answer without a length")
-            document = json.loads(stream.exactly(length))
+            document = json.loads(str(stream.exactly(length), "utf-8"))
             self.is_reusable = not head.is_last
             yield document
             return

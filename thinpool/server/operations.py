@@ -29,20 +29,19 @@ class Arguments:
 
     values: Mapping[str, Any]
 
-    def _of(self, name: str, kinds: type | tuple[type, ...], what: str) -> Any:  # noqa: ANN401 - JSON
+    def _of(self, name: str, kind: type, what: str) -> Any:  # noqa: ANN401 - JSON
         value = self.values.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+        # JSON has no subclasses, and its truth values are no numbers.
+        if value is not None and type(value) is not kind:
             raise errors.UsageError(f"'{name}' is no {what}", what=name, value=repr(value))
         return value
 
     def text(self, name: str) -> str:
         """A string that must be there."""
-        value = self.optional_text(name)
+        value = self._of(name, str, "text")
         if value is None:
             raise errors.UsageError(f"'{name}' is missing", what=name)
-        return value
+        return str(value)
 
     def optional_text(self, name: str) -> str | None:
         """A string, or none."""
@@ -85,7 +84,8 @@ class Arguments:
 
     def labels(self) -> dict[str, str]:
         """``labels``."""
-        return {str(key): str(value) for key, value in self.mapping("labels").items()}
+        given = self._of("labels", dict, "object")
+        return {str(key): str(value) for key, value in given.items()} if given else {}
 
     def kind(self, name: str = "kind") -> Kind | None:
         """A volume's kind, or none."""

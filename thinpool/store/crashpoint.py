@@ -13,12 +13,21 @@ from pathlib import Path
 VARIABLE = "THINPOOL_CRASH_AT"
 
 
+# Read once: every change of a pool comes by several of these.
+_wanted = os.environ.get(VARIABLE, "")
+
+
+def arm(step: str) -> None:
+    """Die from now on as if the environment had asked for it."""
+    global _wanted  # noqa: PLW0603 - of the process, as its environment is
+    _wanted = step
+
+
 def reached(step: str) -> None:
-    """Die here when the environment asks for it."""
-    wanted = os.environ.get(VARIABLE)
-    if not wanted:
+    """Die here when that was asked for."""
+    if not _wanted:
         return
-    name, _, marker = wanted.partition(":")
+    name, _, marker = _wanted.partition(":")
     if name != step:
         return
     if marker:

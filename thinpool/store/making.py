@@ -152,7 +152,9 @@ class Making(Leases):
             caller: who asks.
         """
         self._check_lease(lease)
-        with self._origin(source, lease=lease, caller=caller) as origin:
+        origin = self._present(source, lease=lease)
+        with self._locks.hold(origin.id, operation="snapshot", timeout=caller.timeout):
+            origin = self._present(source, lease=lease)
             if (done := self._done_before(caller)) is not None:
                 return self._repeat(done)
             if size is not None:
@@ -207,7 +209,9 @@ class Making(Leases):
                 what="targets",
                 value=len(targets),
             )
-        with self._origin(source, lease=None, caller=caller) as origin:
+        origin = self._present(source)
+        with self._locks.hold(origin.id, operation="snapshot", timeout=caller.timeout):
+            origin = self._present(source)
             if (done := self._done_before(caller)) is not None:
                 return [self._repeat([each]) for each in done]
             records = self._take(
@@ -222,13 +226,6 @@ class Making(Leases):
             )
         return self._describe_all(records)
 
-    @contextlib.contextmanager
-    def _origin(self, source: str, *, lease: str | None, caller: Caller) -> Iterator[Record]:
-        """What is snapshotted, kept from changing."""
-        origin = self._present(source, lease=lease)
-        with self._locks.hold(origin.id, operation="snapshot", timeout=caller.timeout):
-            yield self._present(source, lease=lease)
-
     def _take(
         self,
         origin: Record,
@@ -242,42 +239,42 @@ class Making(Leases):
         caller: Caller,
     ) -> list[Record]:
         """Snapshot an origin whose lock is held, in one transaction."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self._lock.hold(timeout=caller.timeout))
+        with self._lock.hold(timeout=caller.timeout):
             status = self._pool.status()
             space.guard(self._config, status)
             for target in targets:
                 self._refuse_taken(target)
-            consistency, still = stack.enter_context(self._quiet(origin))
-            how = consistency if still() else "crash"
-            records = self._new_records(
-                targets,
-                kind=kind,
-                parent=origin.id,
-                size=size,
-                read_only=read_only,
-                filesystem=origin.filesystem,
-                labels=_over_the_same(origin, labels or {}),
-                lease=lease,
-                consistency=how,
-            )
-            changes = [
-                Change(kind=ChangeKind.SNAPSHOT, id=record.id, origin=origin.id)
-                for record in records
-            ]
-            self._apply(
-                "snapshot",
-                changes,
-                insert=records,
-                request=caller.request,
-                status=status,
-                later=caller.settles,
-            )
-            if how != "crash" and not still():  # thawed before it was done
-                with self._catalogue.transaction():
-                    records = [
-                        self._catalogue.update(record, consistency="crash") for record in records
-                    ]
+            with self._quiet(origin) as (consistency, still):
+                how = consistency if still() else "crash"
+                records = self._new_records(
+                    targets,
+                    kind=kind,
+                    parent=origin.id,
+                    size=size,
+                    read_only=read_only,
+                    filesystem=origin.filesystem,
+                    labels=_over_the_same(origin, labels or {}),
+                    lease=lease,
+                    consistency=how,
+                )
+                changes = [
+                    Change(kind=ChangeKind.SNAPSHOT, id=record.id, origin=origin.id)
+                    for record in records
+                ]
+                self._apply(
+                    "snapshot",
+                    changes,
+                    insert=records,
+                    request=caller.request,
+                    status=status,
+                    later=caller.settles,
+                )
+                if how != "crash" and not still():  # thawed before it was done
+                    with self._catalogue.transaction():
+                        records = [
+                            self._catalogue.update(record, consistency="crash")
+                            for record in records
+                        ]
         return records
 
     @contextlib.contextmanager
