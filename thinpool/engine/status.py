@@ -77,6 +77,7 @@ _HOST_ERRORS: Final[Mapping[tuple[str, int], type[errors.ThinpoolError]]] = {
 
 NO_BLOCK: Final = (1 << 64) - 1
 
+_ERROR: Final = ffi.typeof("struct tp_error *")
 _NAMES: Final[Mapping[int, str]] = dict(ffi.typeof("enum tp_status").elements)
 
 
@@ -87,7 +88,7 @@ def status_name(status: int) -> str:
 
 def new_error() -> Any:  # noqa: ANN401 - cffi's data has no type
     """A ``struct tp_error`` to pass to a call."""
-    return ffi.new("struct tp_error *")
+    return ffi.new(_ERROR)
 
 
 def check(status: int, err: Any = None, **context: Any) -> None:  # noqa: ANN401 - as above

@@ -58,6 +58,7 @@ class _Connection:
         self._directory = directory
         self._timeout = timeout
         self._stream: http.Stream | None = None
+        self._poll = select.poll()
         self.is_reusable = False
         """The last answer was read to its end, and another may follow."""
 
@@ -69,6 +70,7 @@ class _Connection:
         """
         if self._stream is None:
             self._stream = http.Stream(connect(self._directory, timeout=self._timeout))
+            self._poll.register(self._stream.sock, select.POLLIN)
         return self._stream
 
     def documents(
@@ -107,9 +109,7 @@ class _Connection:
         """It can be used again: nothing has come on it, not even its end."""
         if self._stream is None or self._stream.has_more:
             return False
-        poll = select.poll()
-        poll.register(self._stream.sock, select.POLLIN)
-        return not poll.poll(0)
+        return not self._poll.poll(0)
 
     def end(self) -> None:
         """Let whoever reads from it see its end."""
