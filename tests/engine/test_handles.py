@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import select
 import threading
 import time
 import warnings
@@ -24,6 +25,7 @@ from thinpool.engine import (
     PoolMode,
     PoolOptions,
     PoolStatus,
+    flush_when_due,
     format_pool,
 )
 from thinpool.engine.pool import _INFO, _STATUS
@@ -331,3 +333,37 @@ def test_all_volumes_are_told_as_each_is_by_itself(tmp_path):
                 assert len({each.mapped_blocks for each in infos}) > 2
                 assert pool.has_volume(VolumeId(3))
                 assert not pool.has_volume(VolumeId(4))
+
+
+def test_flush_beside_says_when_it_is_done_when_it_failed_and_when_it_ends(tmp_path):
+    due, ended = os.eventfd(0), os.eventfd(0, os.EFD_NONBLOCK)
+    with (tmp_path / "f").open("wb") as file:
+        file.write(b"x")
+        file.flush()
+        os.eventfd_write(due, 1)
+        flush_when_due(file.fileno(), due=due, ended=-1)
+        seen = []
+
+        def beside():
+            try:
+                flush_when_due(file.fileno(), due=due, ended=ended)
+            except errors.ClosedError as error:
+                seen.append(error)
+
+        thread = threading.Thread(target=beside)
+        thread.start()
+        for _ in range(3):
+            os.eventfd_write(due, 1)
+            assert select.select([ended], [], [], 10)[0]
+            assert os.eventfd_read(ended) == 1
+        os.eventfd_write(due, 2)
+        thread.join(10)
+        assert len(seen) == 1
+    ends = os.pipe()
+    os.eventfd_write(due, 1)
+    with pytest.raises(errors.StorageIOError) as caught:
+        flush_when_due(ends[0], due=due, ended=ended)
+    assert caught.value.attributes["errno"] == errno.EINVAL
+    assert not select.select([ended], [], [], 0)[0]
+    for each in (*ends, due, ended):
+        os.close(each)

@@ -1,5 +1,6 @@
 """The log of intents, and what is settled after power cuts that took results (INV-23)."""
 
+import contextlib
 import os
 import shutil
 
@@ -249,6 +250,64 @@ def test_a_log_that_cannot_be_written_changes_nothing(tmp_path, monkeypatch):
         catalogue.write_intent(intent(1, insert=(record(9, "other"),)))
         catalogue.complete_intent(catalogue.intent())
         assert [each.name for each in catalogue.records()] == ["other"]
+
+
+@contextlib.contextmanager
+def flush_fails(descriptor):
+    """It becomes a pipe, which cannot be flushed."""
+    ends = os.pipe()
+    try:
+        os.dup2(ends[0], descriptor)
+        yield
+    finally:
+        for each in ends:
+            os.close(each)
+
+
+def test_an_intent_whose_flush_fails_stands_in_the_database(tmp_path):
+    path = tmp_path / "c.db"
+    with Catalogue(path) as catalogue:
+        catalogue.write_intent(intent(1))
+        catalogue.complete_intent(intent(1))
+        flushing = catalogue.begin_intent(intent(2))
+        with flush_fails(catalogue._log.fileno()):
+            flushing.wait()
+        assert flushing.result is True
+    log = tmp_path / f"c.db{intentlog.SUFFIX}"
+    log.write_bytes(bytes(SIZE))  # what was not flushed is lost
+    with Catalogue(path) as catalogue:
+        assert catalogue.intents() == [intent(2)]
+
+
+def test_after_a_flush_that_failed_the_log_is_used_no_more(tmp_path):
+    with Catalogue(tmp_path / "c.db") as catalogue:
+        flushing = catalogue.begin_intent(intent(1, request="first"))
+        with flush_fails(catalogue._log.fileno()):
+            flushing.wait()
+        catalogue.complete_intent(intent(1, request="first"))
+        log = (tmp_path / f"c.db{intentlog.SUFFIX}").read_bytes()
+        for number in (2, 3):
+            catalogue.write_intent(intent(number, request=f"r{number}"))
+            catalogue.complete_intent(intent(number, request=f"r{number}"))
+        assert (tmp_path / f"c.db{intentlog.SUFFIX}").read_bytes() == log
+    with Catalogue(tmp_path / "c.db") as catalogue:
+        assert catalogue.intents() == []
+        assert catalogue.request("first") == [1]
+        assert catalogue.request("r3") == [3]
+
+
+def test_an_intent_that_nothing_makes_durable_says_so(tmp_path, monkeypatch):
+    def full(*_):
+        raise errors.HostSpaceError("full", path="x")
+
+    with Catalogue(tmp_path / "c.db") as catalogue:
+        flushing = catalogue.begin_intent(intent(1))
+        with flush_fails(catalogue._log.fileno()), monkeypatch.context() as patch:
+            patch.setattr(Catalogue, "_write_to_table", full)
+            flushing.wait()
+        assert flushing.result is False
+        catalogue.complete_intent(intent(1), durable=True)
+        assert catalogue.intents() == []
 
 
 def test_more_intents_than_the_log_holds_lose_no_request(tmp_path):

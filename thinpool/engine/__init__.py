@@ -26,6 +26,7 @@ from thinpool.engine.bdev import (
     LogEntry,
     LogKind,
 )
+from thinpool.engine.flush import flush_when_due
 from thinpool.engine.pool import Pool, Volume, format_pool
 
 __all__ = [
@@ -51,5 +52,6 @@ __all__ = [
     "Volume",
     "VolumeIO",
     "VolumeInfo",
+    "flush_when_due",
     "format_pool",
 ]

@@ -40,7 +40,7 @@ from thinpool import errors
 from thinpool.engine import VOLUME_ID_MAX, Change, ChangeKind
 from thinpool.model import Consistency, Kind, VolumeId
 from thinpool.store import intentlog
-from thinpool.store.beside import Beside, Running
+from thinpool.store.beside import Beside, Flushing
 from thinpool.store.crashpoint import reached
 
 if TYPE_CHECKING:
@@ -798,7 +798,7 @@ class Catalogue:
             path=self.path,
         )
 
-    def begin_intent(self, intent: Intent) -> Running | None:
+    def begin_intent(self, intent: Intent) -> Flushing | None:
         """Record what is about to be done to the pool. Survives this process on return.
 
         Returns:
@@ -831,7 +831,9 @@ class Catalogue:
             self._number += 1
             log.append(intentlog.Entry(self._number, made, payload))
             self._standing.append(_Standing(intent=intent, number=self._number, made=made))
-            return self._beside.prepare(lambda: self._flush_log(log, document))
+            return self._beside.prepare(
+                log.fileno(), lambda error: self._leave_log(log, document, error)
+            )
 
     def _write_to_table(self, document: Mapping[str, Any]) -> None:
         with self.transaction() as db:
@@ -840,16 +842,12 @@ class Catalogue:
                 document,
             )
 
-    def _flush_log(self, log: intentlog.IntentLog, document: Mapping[str, Any]) -> bool:
-        """In the thread beside. Whether the intent is durable, there or in the table."""
-        try:
-            log.flush()
-            reached("intent-flushed")
-        except errors.ThinpoolError as error:
-            logger.warning("%s: it is used no more", error.message)
-            log.close()
-        else:
-            return True
+    def _leave_log(
+        self, log: intentlog.IntentLog, document: Mapping[str, Any], reason: errors.ThinpoolError
+    ) -> bool:
+        """In the thread beside, when a flush failed. Whether the intent is durable in the table."""
+        logger.warning("the log of intents %s: %s: it is used no more", log.path, reason.message)
+        log.close()
         try:
             with self._lock:
                 self._log = None

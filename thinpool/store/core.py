@@ -453,7 +453,7 @@ class PoolCore:
             raise
         reached("applied")
         # An intent that could not be made durable leaves it to the result.
-        is_safe = flushing is None or bool(flushing.result)
+        is_safe = flushing is None or flushing.result
         if later and is_safe:
             self._catalogue.leave_result(intent)
             self._copy_due.set()

@@ -23,6 +23,11 @@ def arm(step: str) -> None:
     _wanted = step
 
 
+def is_armed(step: str) -> bool:
+    """Whether the process is to die there."""
+    return _wanted.partition(":")[0] == step
+
+
 def reached(step: str) -> None:
     """Die here when that was asked for."""
     if not _wanted:

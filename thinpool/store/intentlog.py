@@ -75,7 +75,7 @@ class IntentLog:
             HostSpaceError: it is not there, and the disk has no space for it.
             StorageIOError, NotPermittedError: the host's errors.
         """
-        self._path = path
+        self.path: Final = path
         self._token = token
         try:
             self._fd = _open(path)
@@ -139,23 +139,16 @@ class IntentLog:
                 raise OSError(errno.EIO, f"{written} of {blocks * _BLOCK} bytes were written")  # noqa: TRY301 - one way out
         except OSError as cause:
             raise failure(
-                cause, f"the log of intents {self._path} cannot be written", path=str(self._path)
+                cause, f"the log of intents {self.path} cannot be written", path=str(self.path)
             ) from cause
         self._next += blocks
 
-    def flush(self) -> None:
-        """Make durable what was written.
+    def fileno(self) -> int:
+        """For whoever makes durable what was written.
 
-        Raises:
-            HostSpaceError, StorageIOError: the host's; what was written last may be lost, and the
-                log is to be used no more.
+        Where that fails, what was written last may be lost, and the log is to be used no more.
         """
-        try:
-            os.fdatasync(self._fd)
-        except OSError as cause:
-            raise failure(
-                cause, f"the log of intents {self._path} cannot be flushed", path=str(self._path)
-            ) from cause
+        return self._fd
 
     def close(self) -> None:
         """Let go."""
