@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -14,6 +15,7 @@ from thinpool._native import ffi, lib
 
 KIB = 1024
 MIB = 1024 * KIB
+CLOCK_REALTIME_COARSE = 5  # linux/time.h: what a file's times are taken from
 
 
 @pytest.fixture(params=["buffered", "direct", "memory"])
@@ -373,3 +375,18 @@ def test_a_full_host_is_told_by_its_errno(small_filesystem, opener, core_error):
     device.write(MIB, b"g" * 256 * KIB)
     assert device.read(MIB, 256 * KIB) == b"g" * 256 * KIB
     device.close()
+
+
+def test_a_flush_does_not_ask_for_the_times_of_a_file(file_device, tmp_path):
+    """Where it did, Linux 6.13 and later would give the file a new one with the next write."""
+    for _ in range(100):
+        time.sleep(0.012)  # a tick of the coarse clock, at 100 Hz too
+        before = time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
+        file_device.write(0, bytes(4096))
+        file_device.flush()
+        file_device.write(0, bytes(4096))
+        tick = time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
+        # Others who ask for times of theirs in that tick make ours finer, too.
+        if before == tick == (tmp_path / "device").stat().st_mtime_ns:
+            return
+    pytest.fail("each write after a flush had a time of its own")
