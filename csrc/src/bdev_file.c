@@ -342,6 +342,20 @@ static int file_flush(struct tp_bdev *bdev, struct tp_error *err)
 	return 0;
 }
 
+static int file_flush_begin(struct tp_bdev *bdev)
+{
+	return tp_host_aio_fdatasync(bdev->fd);
+}
+
+static int file_flush_end(struct tp_bdev *bdev, int begun, struct tp_error *err)
+{
+	int result = tp_host_aio_end(begun);
+
+	if (result < 0 && result != -EINTR)
+		return flush_failed(as_file(bdev), -result, err);
+	return result ? file_flush(bdev, err) : file_check(bdev, err);
+}
+
 static void file_start(struct tp_bdev *bdev)
 {
 	/* An error of the writing is kept by the kernel for the flush. */
@@ -588,6 +602,8 @@ static const struct tp_bdev_ops file_ops = {
 	.read = file_read,
 	.write = file_write,
 	.flush = file_flush,
+	.flush_begin = file_flush_begin,
+	.flush_end = file_flush_end,
 	.check = file_check,
 	.start = file_start,
 	.punch = file_punch,

@@ -48,6 +48,47 @@ static int64_t await(aio_context_t context)
 	return event.res;
 }
 
+/* The context that a request was given to, NR_CONTEXTS when it was not taken. */
+static uint32_t submit(struct iocb *request)
+{
+	struct iocb *requests[1] = { request };
+	uint32_t i;
+
+	if (atomic_load_explicit(&unavailable, memory_order_relaxed))
+		return NR_CONTEXTS;
+	i = take();
+	if (i < NR_CONTEXTS && syscall(SYS_io_submit, contexts[i].context, 1L, requests) != 1) {
+		atomic_store_explicit(&contexts[i].taken, 0, memory_order_release);
+		return NR_CONTEXTS;
+	}
+	return i;
+}
+
+static int64_t end(uint32_t i)
+{
+	int64_t result = await(contexts[i].context);
+
+	atomic_store_explicit(&contexts[i].taken, 0, memory_order_release);
+	return result;
+}
+
+int tp_host_aio_fdatasync(int fd)
+{
+	/* The kernel has a thread of its own do it. Before Linux 4.18 no file had it. */
+	struct iocb request = {
+		.aio_lio_opcode = IOCB_CMD_FDSYNC,
+		.aio_fildes = (uint32_t)fd,
+	};
+	uint32_t i = submit(&request);
+
+	return i < NR_CONTEXTS ? (int)i : -1;
+}
+
+int tp_host_aio_end(int begun)
+{
+	return (int)end((uint32_t)begun);
+}
+
 ssize_t tp_host_aio_pwrite(int fd, const void *buffer, size_t length, uint64_t offset)
 {
 	struct iocb request = {
@@ -57,23 +98,13 @@ ssize_t tp_host_aio_pwrite(int fd, const void *buffer, size_t length, uint64_t o
 		.aio_nbytes = length,
 		.aio_offset = (int64_t)offset,
 	};
-	struct iocb *requests[1] = { &request };
-	int64_t result = 0;
-	uint32_t i;
-	long n;
+	uint32_t i = submit(&request);
+	int64_t result;
 
-	if (atomic_load_explicit(&unavailable, memory_order_relaxed))
-		return pwrite(fd, buffer, length, (off_t)offset);
-	i = take();
+	/* It was not taken: pwrite says why, or can. */
 	if (i == NR_CONTEXTS)
 		return pwrite(fd, buffer, length, (off_t)offset);
-	n = syscall(SYS_io_submit, contexts[i].context, 1L, requests);
-	if (n == 1)
-		result = await(contexts[i].context);
-	atomic_store_explicit(&contexts[i].taken, 0, memory_order_release);
-	/* It was not taken: pwrite says why, or can. */
-	if (n != 1)
-		return pwrite(fd, buffer, length, (off_t)offset);
+	result = end(i);
 	if (result < 0) {
 		errno = (int)-result;
 		return -1;

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
- * A blocking write that does not hold the file while the disk works.
+ * What io_submit(2) can do that no other call does: a blocking write that does not hold the file
+ * while the disk works, and a flush that is waited for later.
  *
  * ext4 takes its lock of a file exclusively for direct writes into a hole, and pwrite(2) keeps it
  * until the disk has answered: such writes go one after another, however many threads do them.
@@ -18,6 +19,12 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
+
+/* Begin fdatasync(2): what tp_host_aio_end is given, or -1 where that cannot be had and nothing was
+ * begun. */
+int tp_host_aio_fdatasync(int fd);
+/* Wait for what was begun, once. 0, or -errno. */
+int tp_host_aio_end(int begun);
 
 /* As pwrite(2), which is what it does where there is no asynchronous I/O to be had. What is in
  * flight when the process dies holds the file's description, and with it its flock, until it has

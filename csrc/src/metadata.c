@@ -226,7 +226,7 @@ int tp_md_format(struct tp_bdev *bdev, uint32_t data_block_sectors, uint64_t nr_
 	if (!r)
 		r = tp_md_write_blocks(md, err);
 	if (!r)
-		r = tp_md_flush_blocks(md, err);
+		r = tp_md_flush_blocks(md, -1, err);
 	if (!r)
 		r = tp_md_write_superblock(md, err);
 	tp_md_close(md);
@@ -946,10 +946,16 @@ int tp_md_write_blocks(struct tp_metadata *md, struct tp_error *err)
 	return r;
 }
 
-int tp_md_flush_blocks(struct tp_metadata *md, struct tp_error *err)
+int tp_md_flush_begin(struct tp_metadata *md)
 {
 	TP_ASSERT(md->sealed);
-	return tp_bdev_flush(md->bdev, err);
+	return tp_bdev_flush_begin(md->bdev);
+}
+
+int tp_md_flush_blocks(struct tp_metadata *md, int begun, struct tp_error *err)
+{
+	TP_ASSERT(md->sealed);
+	return tp_bdev_flush_end(md->bdev, begun, err);
 }
 
 int tp_md_write_superblock(struct tp_metadata *md, struct tp_error *err)

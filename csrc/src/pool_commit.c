@@ -49,22 +49,31 @@ static int flush_changed_data(struct tp_pool *pool, struct tp_error *err)
 	return r;
 }
 
+/* With the new blocks written: both devices at once where the data has to be flushed. */
+static int flush_both(struct tp_pool *pool, struct tp_error *err)
+{
+	int begun = atomic_load(&pool->data_unflushed) ? tp_md_flush_begin(pool->md) : -1;
+	int r = flush_changed_data(pool, err), m;
+
+	if (r && begun < 0)
+		return r;
+	atomic_fetch_add(&pool->metadata_flushes, 1);
+	m = tp_md_flush_blocks(pool->md, begun, r ? NULL : err);
+	return r ? r : m;
+}
+
 /*
  * After a seal, without md_lock. Data and new blocks are made durable before the superblock that
- * refers to both; between themselves they have no order, and the new blocks are on their way to the
- * disk while the data is waited for.
+ * refers to both; between themselves they have no order.
  */
 static int write_out(struct tp_pool *pool, struct tp_error *err)
 {
 	int r = tp_md_write_blocks(pool->md, err);
 
 	if (!r)
-		r = flush_changed_data(pool, err);
+		r = flush_both(pool, err);
 	if (!r) {
-		atomic_fetch_add(&pool->metadata_flushes, 2);
-		r = tp_md_flush_blocks(pool->md, err);
-	}
-	if (!r) {
+		atomic_fetch_add(&pool->metadata_flushes, 1);
 		tp_pool_wait_until_ready(pool->sealed_after_fd);
 		r = tp_md_write_superblock(pool->md, err);
 	}

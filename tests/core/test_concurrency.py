@@ -322,6 +322,36 @@ def test_a_commit_flushes_the_data_where_something_was_done_to_it() -> None:
         assert flushed(lambda: pool.delete_volume(VolumeId(2))) == 0
 
 
+@pytest.mark.parametrize("gone", ["m", "d"])
+@pytest.mark.parametrize("how", ["removed", "cut"])
+def test_a_commit_that_flushes_both_devices_sees_that_one_is_gone(
+    tmp_path: Path, how: str, gone: str
+) -> None:
+    """Both are flushed at once."""
+    size = {"m": 1 << 20, "d": 40 * BLOCK}
+    with (
+        BlockDevice.open_file(tmp_path / "m", create_size=size["m"]) as metadata,
+        BlockDevice.open_file(tmp_path / "d", create_size=size["d"]) as data,
+    ):
+        format_pool(metadata, block_size=BLOCK, data_blocks=40)
+        pool = Pool.open(metadata, data, PoolOptions(commit_interval_ms=0))
+        pool.create_volume(VolumeId(1))
+        with pool.open_volume(VolumeId(1), size=2 * BLOCK) as volume:
+            volume.write(0, b"first")
+            pool.commit()
+            before = pool.status()
+            volume.write(BLOCK, b"second")
+            if how == "removed":
+                (tmp_path / gone).unlink()
+            else:
+                os.truncate(tmp_path / gone, size[gone] - BLOCK)
+            with pytest.raises(StorageIOError, match=r"removed or replaced|truncated"):
+                pool.commit()
+        status = pool.status()
+        assert (status.mode, status.commits) == (PoolMode.RO, before.commits)
+        pool.abandon()
+
+
 @pytest.mark.parametrize("how", ["removed", "cut"])
 def test_a_commit_without_a_data_flush_sees_that_the_data_is_gone(tmp_path: Path, how: str) -> None:
     """It promises again what earlier commits promised."""

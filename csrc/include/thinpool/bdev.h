@@ -48,6 +48,9 @@ struct tp_bdev_ops {
 	int (*next_data)(struct tp_bdev *bdev, uint64_t offset, uint64_t *begin_ret,
 			 uint64_t *end_ret, struct tp_error *err);
 	/* What follows only saves time, and may be NULL. */
+	/* A flush in two parts: see tp_bdev_flush_begin. Both or none. */
+	int (*flush_begin)(struct tp_bdev *bdev);
+	int (*flush_end)(struct tp_bdev *bdev, int begun, struct tp_error *err);
 	/* As write, into a range that has no space of the host's yet. */
 	int (*write_hole)(struct tp_bdev *bdev, uint64_t offset, const void *buffer, size_t length,
 			  struct tp_error *err);
@@ -80,6 +83,21 @@ int tp_bdev_allocate(struct tp_bdev *bdev, uint64_t offset, uint64_t length, str
 static inline int tp_bdev_check(struct tp_bdev *bdev, struct tp_error *err)
 {
 	return bdev->ops->check && !bdev->read_only ? bdev->ops->check(bdev, err) : 0;
+}
+
+/*
+ * A flush that the caller need not wait for at once: of what was written before the first of the
+ * two, durable when the second has returned. The second is given what the first returned, once, and
+ * has the errors of tp_bdev_flush. A device that cannot do it so flushes in the second.
+ */
+static inline int tp_bdev_flush_begin(struct tp_bdev *bdev)
+{
+	return bdev->ops->flush_begin && !bdev->read_only ? bdev->ops->flush_begin(bdev) : -1;
+}
+
+static inline int tp_bdev_flush_end(struct tp_bdev *bdev, int begun, struct tp_error *err)
+{
+	return begun < 0 ? tp_bdev_flush(bdev, err) : bdev->ops->flush_end(bdev, begun, err);
 }
 
 static inline void tp_bdev_start(struct tp_bdev *bdev)

@@ -10,7 +10,7 @@
  * lock, so that changes of the next transaction go on while one is written:
  *   1. tp_md_seal     close the transaction (lock held);
  *   2. tp_md_write_blocks      new blocks, to which nothing durable refers yet;
- *   3. flush the data device (the caller's business; the disk has something to do meanwhile);
+ *   3. flush the data device (the caller's business), between tp_md_flush_begin and
  *   4. tp_md_flush_blocks;
  *   5. tp_md_write_superblock  superblock, flush;
  *   6. tp_md_finish   freed blocks become allocatable (lock held).
@@ -139,7 +139,10 @@ int tp_md_release_snapshot(struct tp_metadata *md, struct tp_error *err);
 
 int tp_md_seal(struct tp_metadata *md, struct tp_error *err);
 int tp_md_write_blocks(struct tp_metadata *md, struct tp_error *err);
-int tp_md_flush_blocks(struct tp_metadata *md, struct tp_error *err);
+/* What tp_md_flush_blocks is given, so that both devices are flushed at once; -1 for neither. Once
+ * begun it has to be ended, whatever fails in between. */
+int tp_md_flush_begin(struct tp_metadata *md);
+int tp_md_flush_blocks(struct tp_metadata *md, int begun, struct tp_error *err);
 /* When it fails, the superblock may or may not have been written. */
 int tp_md_write_superblock(struct tp_metadata *md, struct tp_error *err);
 void tp_md_finish(struct tp_metadata *md, struct tp_run_list *freed);
