@@ -88,6 +88,10 @@ def _device(path: str, flags: int) -> str | None:
     return None
 
 
+def _file(path: str) -> str | None:
+    return None if Path(path).exists() else f"no {path} on this host"
+
+
 def _fuse() -> str | None:
     return _root() or _kernel_filesystem("fuse") or _device("/dev/fuse", os.O_RDWR)
 
@@ -189,6 +193,7 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "skopeo": lambda: _programs("skopeo"),
     "sparse": _punch,
+    "systemd": lambda: _file("/lib/systemd/systemd") or _programs("systemctl", "systemd-analyze"),
     "thin_tools": lambda: _programs("thin_check", "thin_dump", "thin_restore"),
     "udev": _udev,
     "xfs": _xfs,

@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 echo "== packages"
 setup_packages $BUILD_PACKAGES git make thin-provisioning-tools e2fsprogs xfsprogs fio mount \
 	util-linux procps xz-utils zstd kmod skopeo groff-base busybox-static docker-registry \
-	qemu-system-x86 dmsetup udev btrfs-progs
+	qemu-system-x86 dmsetup systemd udev btrfs-progs
 setup_daemon docker.io containerd
 if [ "$(id -u)" != 0 ]; then
 	echo "not root: what mounts (FUSE, loop devices, filesystems) is skipped and says so; the rest runs"
