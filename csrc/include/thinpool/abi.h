@@ -356,14 +356,6 @@ int tp_pool_close(struct tp_pool *pool, struct tp_error *err);
 /* Frees without committing: what a crash leaves. Open volumes fail from here on; the last that is
  * closed frees the pool. */
 void tp_pool_abandon(struct tp_pool *pool);
-/* ---- a flush beside ---------------------------------------------------------------------- */
-
-/* Flush a file (fdatasync) each time that an eventfd says that it is due, and add 1 to another when
- * that is durable, so that neither who asks nor the thread that is in here needs the interpreter.
- * due_fd: 1 for a flush, the next when that has ended; 2 to return TP_E_CLOSED. ended_fd: -1 to
- * return 0 after one flush. A flush that failed adds nothing and returns TP_E_IO. */
-int tp_flush_when_due(int32_t fd, int32_t due_fd, int32_t ended_fd, struct tp_error *err);
-
 /* Everything acknowledged before the call is durable on return. */
 int tp_pool_commit(struct tp_pool *pool, struct tp_error *err);
 void tp_pool_get_status(struct tp_pool *pool, struct tp_pool_status *status_ret);
@@ -407,6 +399,14 @@ int tp_pool_get_volume_info(struct tp_pool *pool, uint32_t id, struct tp_volume_
 /* cffi: end */
 
 /* cffi: begin */
+/* ---- a flush beside ---------------------------------------------------------------------- */
+
+/* Flush a file (fdatasync) each time that an eventfd says that it is due, and add 1 to another when
+ * that is durable, so that neither who asks nor the thread that is in here needs the interpreter.
+ * due_fd: 1 for a flush, the next when that has ended; 2 to return TP_E_CLOSED. ended_fd: -1 to
+ * return 0 after one flush. A flush that failed adds nothing and returns TP_E_IO. */
+int tp_flush_when_due(int32_t fd, int32_t due_fd, int32_t ended_fd, struct tp_error *err);
+
 /* ---- volumes -------------------------------------------------------------------------------- */
 
 /* size in bytes, a multiple of 512; kept by the caller, not on disk. Opening twice is
