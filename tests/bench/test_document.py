@@ -40,7 +40,7 @@ def test_figures_replace_figures_and_nothing_else(checkout, tmp_path):
     assert (checkout / "docs/benchmarks.md").read_text() == page
 
 
-def test_a_run_of_some_suites_goes_beside_the_whole_one(checkout):
+def test_a_run_of_some_suites_goes_beside_the_whole_one(checkout, tmp_path):
     page = checkout / "docs/benchmarks.md"
     before = page.read_text()
     report = a_report(edits=edits(thinpool=[0.002], overlay2_on_ext4=[1.5]))
@@ -52,6 +52,8 @@ def test_a_run_of_some_suites_goes_beside_the_whole_one(checkout):
     assert "at least 100 | 750 | reached |" in apart
     assert "not measured" not in apart
     assert "| thinpool | 2.00 ms |" in apart
+    document.write(report, results=tmp_path, repository=checkout)
+    assert "<!-- begin: apart -->\nNothing since the whole run.\n<!-- end" in page.read_text()
     report.quick = True
     with pytest.raises(UsageError, match="mean nothing"):
         document.write_apart(report, repository=checkout)

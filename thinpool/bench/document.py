@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from thinpool.bench.results import Report, Series
 
 PLOT_FOLDER: Final = "plots"
+_NOTHING_APART: Final = "Nothing since the whole run."
 _EDIT_SIZES: Final = (MIB, GIB, 4 * GIB)
 _OPS: Final = (
     ("mapped", "randread", "read"),
@@ -36,6 +37,8 @@ _OPS: Final = (
 
 def write(report: Report, *, results: Path, repository: Path) -> list[Path]:
     """Write docs/benchmarks.md, the README's part, and the plots.
+
+    What was measured apart before this run is taken out.
 
     Args:
         report: the run.
@@ -60,9 +63,8 @@ def write(report: Report, *, results: Path, repository: Path) -> list[Path]:
             written.append(plots / source.name)
     shown = [path.stem for path in written]
     page = docs / "benchmarks.md"
-    replace(
-        page, {"run": _run(report), "marks": _marks(report), "results": _results(report, shown)}
-    )
+    parts = {"run": _run(report), "marks": _marks(report), "results": _results(report, shown)}
+    replace(page, {**parts, "apart": _NOTHING_APART})
     readme = repository / "README.md"
     replace(readme, {"benchmarks": _readme(report, shown)})
     return [page, readme, *written]
