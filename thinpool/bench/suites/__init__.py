@@ -39,7 +39,7 @@ SUITES: Final = {
             name="edits",
             summary="small edits of large files of an image, first touched by a container",
             root=True,
-            seconds=900,
+            seconds=1200,
         ),
         Suite(
             name="io",

@@ -48,10 +48,7 @@ def run(context: Context) -> None:
         return context.try_peer(name, make)
 
     stores = make_stores(context.place, size=sum(sizes), ready=ready)
-    for size in sizes:
-        for store in stores:
-            context.say(f"an image with a file of {format_size(size)} in {store.name}")
-            store.make_image(_image(size), partial(_fill, size=size))
+    _make_images(context, stores, sizes)
     context.results.note(
         "unionfs-fuse stands in for AUFS, which current kernels do not carry: it too copies a file "
         "whole before its first change"
@@ -70,8 +67,33 @@ def run(context: Context) -> None:
         _case(context, stores, middle, length, needs=20)
         _case(context, some, large, length, needs=30)
     for size, who in ((middle, stores), (large, some)):
-        _case(context, who, size, KIB * 4, places=size // 100 // (4 * KIB), share="1 %", needs=30)
+        _scattered(context, who, size, needs=30)
     _case(context, stores, middle, KIB * 4, warm=True, needs=20)
+    for size in sizes:
+        if size < middle:
+            _larger_edits(context, stores, size, needs=5)
+        elif size > large:
+            _larger_edits(context, some, size, needs=100)
+
+
+def _make_images(context: Context, stores: Sequence[Store], sizes: Sequence[int]) -> None:
+    for size in sizes:
+        for store in stores:
+            context.say(f"an image with a file of {format_size(size)} in {store.name}")
+            store.make_image(_image(size), partial(_fill, size=size))
+
+
+def _larger_edits(context: Context, stores: Sequence[Store], size: int, *, needs: float) -> None:
+    """At the ends of the range of sizes: last, as the middle says most of it."""
+    for length in (64 * KIB, MIB):
+        _case(context, stores, size, length, needs=needs)
+    _scattered(context, stores, size, needs=needs)
+
+
+def _scattered(context: Context, stores: Sequence[Store], size: int, *, needs: float) -> None:
+    """4 KiB at each of so many places that 1 % of the file is edited."""
+    places = size // 100 // (4 * KIB)
+    _case(context, stores, size, KIB * 4, places=places, share="1 %", needs=needs)
 
 
 def _that_fit(context: Context, sizes: tuple[int, ...]) -> tuple[int, ...]:
