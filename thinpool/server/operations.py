@@ -84,8 +84,7 @@ class Arguments:
 
     def labels(self) -> dict[str, str]:
         """``labels``."""
-        given = self._of("labels", dict, "object")
-        return {str(key): str(value) for key, value in given.items()} if given else {}
+        return {str(key): str(value) for key, value in self.mapping("labels").items()}
 
     def kind(self, name: str = "kind") -> Kind | None:
         """A volume's kind, or none."""
